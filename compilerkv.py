@@ -1,0 +1,336 @@
+"""CompilerKV (arXiv 2602.08686): which tokens of a prompt's KV cache to keep, and the policies it is compared with.
+
+Read it next to the paper, top to bottom: Eq. 4 scores tokens, Eqs. 5-6 correct the score by head, Eqs. 7-8 cut it by
+risk, `evict` drops the rest. Every policy is a selector
+
+    kept = selector(observation, cache, budget, tables)
+
+that returns, for each layer, the ORIGINAL positions of the tokens to keep as a sorted (G, S_l) tensor, S_l <= budget on
+average over layers. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
+"""
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import KVCache, Observation, UserError
+
+SINKS = 4           # first tokens that are always kept: the attention sinks
+N_ENTROPY_BINS = 20  # risk bins of the gate, as in the paper
+N_PPL_BINS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What distinguishes the paper's literal reading from ours; both run through the same functions."""
+    scope: str    # over what Eq. 4 averages attention: "model" (layers and heads), "layer" (heads) or "head" (nothing)
+    kernel: int   # width of the max-pool of alpha over tokens; 1 = none
+    window: int   # observation window |Omega|: the prompt's last queries
+    W_grid: tuple  # actions of W_head
+    tau_grid: tuple  # actions of T_gate
+
+
+PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29)), tau_grid=tuple(np.linspace(0.8, 1.0, 21)))
+# Ours: log-spaced actions. W from e^-3 to e^3; tau from "keep all" over the paper's 0.8 to 102 times the mean score.
+OURS = Settings("head", 7, 32, W_grid=tuple(np.exp(np.linspace(-3, 3, 13))),
+                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19))))
+SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
+MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
+MIN_BUDGET = OURS.window + SINKS
+
+
+# ------------------------------------------------------------------------------- stage 1: stabilised token utility
+
+def attention_level(observation, window, scope, kernel=1):
+    """alpha[t] of Eq. 4: attention of the window's queries on each key, times T, so that its mean over t is 1.
+
+    (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1.
+    """
+    A = observation.attention[:, :, -window:].float()
+    alpha = observation.n_tokens * A.mean(2)  # (L, H, w, T) -> (L, H, T)
+    if scope == "model":
+        alpha = alpha.mean((0, 1), keepdim=True)  # -> (1, 1, T)
+    elif scope == "layer":
+        alpha = alpha.mean(1, keepdim=True)  # -> (L, 1, T)
+    elif scope != "head":
+        raise ValueError(f"scope must be model, layer or head, not {scope!r}")
+    return F.max_pool1d(alpha, kernel, stride=1, padding=kernel // 2)  # neighbours of a token that matters matter
+
+
+def value_norm(cache):
+    """rho[l,h,t] of Eq. 4: length of each value vector over the mean length in its head, (L, G, T)."""
+    v = torch.stack([cache.layer(l)[1][0].float().norm(dim=-1) for l in range(len(cache.v))])  # (L, G, T, D) -> (L, G, T)
+    return v / v.mean(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def utility(observation, cache, settings):
+    """u[l,h,t] = alpha * rho (Eq. 4), (L, H, T). Query head h reads the values of KV head h // (H / G)."""
+    alpha = attention_level(observation, settings.window, settings.scope, settings.kernel)
+    rho = value_norm(cache)
+    return alpha * rho.repeat_interleave(observation.attention.shape[1] // rho.shape[1], dim=1)
+
+
+# ---------------------------------------------------------------------------------------- stage 2: head-aware score
+
+def head_score(u, W):
+    """s[l,t] = max over h of W_head[l,h] u[l,h,t] (Eqs. 5-6): one reliable head can veto an eviction. -> (L, T)."""
+    return (W[:, :, None] * u).amax(1)
+
+
+# ------------------------------------------------------------------------------------- stage 3: risk-adaptive gate
+
+def risk(observation, window):
+    """The two risk signals of Eq. 7, as floats.
+
+    entropy, in [0, log T] nats, of the model-scope, un-pooled alpha read as a distribution over tokens: is attention
+    spread out? perplexity, >= 1, of the window's tokens: is the text hard for the model? (1 if nothing was predicted.)
+    """
+    alpha = attention_level(observation, window, "model").flatten()  # (T,)
+    p = alpha / alpha.sum()
+    entropy = torch.special.entr(p).sum().item()  # - sum p log p
+    logprobs = observation.logprobs[-window:]
+    perplexity = torch.exp(-logprobs.mean()).item() if len(logprobs) else 1.0
+    if not (np.isfinite(entropy) and np.isfinite(perplexity)):
+        raise ValueError(f"the risk signals are not finite (entropy {entropy}, perplexity {perplexity}): NaN in the model?")
+    return min(max(entropy, 0.0), float(np.log(observation.n_tokens))), max(perplexity, 1.0)
+
+
+def protect(s, budget, window):
+    """Give the sinks and the window's tokens an infinite score. Where they alone exceed the budget, fewer window tokens."""
+    s, T = s.clone(), s.shape[-1]
+    s[..., :SINKS] = torch.inf
+    s[..., T - min(window, max(budget - SINKS, 1), T):] = torch.inf
+    return s
+
+
+def top(s, budget):
+    """Positions of the `budget` highest scores of each row, sorted: (..., T) -> (..., min(budget, T)).
+
+    Ties go to the earlier token, so that the choice is deterministic and a larger budget keeps a superset.
+    """
+    return s.sort(dim=-1, descending=True, stable=True).indices[..., :budget].sort(dim=-1).values
+
+
+def gate(s, tau, budget):
+    """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
+
+    s: (L, T) with protected tokens at infinity; tau: (L,). Returns L sorted position tensors of at most `budget`
+    entries. Fewer candidates than the budget stay fewer: padding them up would make the gate a no-op.
+    """
+    n_candidates = (s >= tau[:, None]).sum(-1).tolist()  # (L,)
+    return [top(row, min(n, budget)) for row, n in zip(s, n_candidates)]
+
+
+def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
+    """CompilerKV, end to end: two table look-ups and a clamp. Without tables W = 1 and tau = 0."""
+    settings, L, H = SETTINGS[name], *observation.attention.shape[:2]
+    W, tau = torch.ones(L, H), torch.zeros(L)
+    if tables is not None:
+        W, tau = tables.look_up(name, budget, *risk(observation, settings.window))
+    s = head_score(utility(observation, cache, settings), W.to(cache.k[0].device))  # (L, T)
+    kept = gate(protect(s, budget, settings.window), tau.to(s.device), budget)
+    G = cache.k[0].shape[1]
+    return [positions.expand(G, -1) for positions in kept]  # one set a layer, shared by its KV heads: (G, S_l)
+
+
+def select_compilerkv_paper(observation, cache, budget, tables):
+    """CompilerKV with the paper's literal alpha, window and action grids."""
+    return select_compilerkv(observation, cache, budget, tables, "compilerkv-paper")
+
+
+# -------------------------------------------------------------------------------------------------------- the rivals
+
+def by_kv_head(per_query_head, G):
+    """Mean over the query heads that share a KV head: (L, H, T) -> (L, G, T)."""
+    L, H, T = per_query_head.shape
+    return per_query_head.view(L, G, H // G, T).mean(2)
+
+
+def select_full(observation, cache, budget, tables):
+    """Keep everything: the score to reach."""
+    return list(top(torch.zeros(len(cache.k), cache.k[0].shape[1], observation.n_tokens), observation.n_tokens))
+
+
+def select_random(observation, cache, budget, tables):
+    """Sinks, window and random others: the floor. Seeded by the prompt's length, so that a prompt always gets the same."""
+    generator = torch.Generator().manual_seed(observation.n_tokens)
+    s = torch.rand(len(cache.k), cache.k[0].shape[1], observation.n_tokens, generator=generator)
+    return list(top(protect(s, budget, OURS.window), budget))
+
+
+def select_streaming(observation, cache, budget, tables):
+    """StreamingLLM (arXiv 2309.17453): the sinks and the most recent tokens."""
+    s = torch.zeros(len(cache.k), cache.k[0].shape[1], observation.n_tokens)
+    return list(top(protect(s, budget, budget - SINKS), budget))
+
+
+def select_h2o(observation, cache, budget, tables):
+    """H2O (arXiv 2306.14048): half the budget for recent tokens, half for those that ALL queries attended to most."""
+    if observation.total is None:
+        raise ValueError("H2O needs prefill(..., total=True)")
+    s = by_kv_head(observation.total, cache.k[0].shape[1])  # (L, G, T)
+    s[..., -(budget // 2):] = torch.inf
+    return list(top(s, budget))
+
+
+def snapkv_score(observation, G):
+    """SnapKV's score: the window's attention, max-pooled over 7 tokens, by KV head; the window itself on top. (L, G, T)."""
+    s = by_kv_head(attention_level(observation, OURS.window, "head", kernel=7), G)
+    s[..., -OURS.window:] = torch.inf
+    return s
+
+
+def select_snapkv(observation, cache, budget, tables):
+    """SnapKV (arXiv 2404.14469): each KV head keeps what the window's queries attend to."""
+    return list(top(snapkv_score(observation, cache.k[0].shape[1]), budget))
+
+
+def pyramid_budgets(budget, n_layer, window, beta=20):
+    """PyramidKV's sizes: window + a share that falls linearly with depth, from 2 - 1/beta to 1/beta of the mean; same total."""
+    share = np.linspace(2 - 1 / beta, 1 / beta, n_layer) * (budget - window)
+    edges = np.round(np.concatenate(([0], np.cumsum(share)))).astype(int)  # rounding the sums keeps the total exact
+    return (window + np.diff(edges)).tolist()
+
+
+def select_pyramidkv(observation, cache, budget, tables):
+    """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in low layers and fewer in high ones."""
+    s = snapkv_score(observation, cache.k[0].shape[1])
+    return [top(row, n) for row, n in zip(s, pyramid_budgets(budget, len(s), OURS.window))]
+
+
+def select_hindsight(observation, cache, budget, tables):
+    """ORACLE, not a policy: keeps what the right answer's own queries attend to most. The upper bound."""
+    if observation.answer is None:
+        raise ValueError("hindsight needs the answer's attention, see Observation.answer")
+    return list(top(by_kv_head(observation.answer, cache.k[0].shape[1]) * value_norm(cache), budget))
+
+
+POLICIES = {
+    "full": select_full, "random": select_random, "streaming": select_streaming, "h2o": select_h2o,
+    "snapkv": select_snapkv, "pyramidkv": select_pyramidkv, "compilerkv-paper": select_compilerkv_paper,
+    "compilerkv": select_compilerkv, "hindsight": select_hindsight,
+}
+
+
+def check_budget(budget):
+    """Raise UserError for a budget that cannot hold the sinks and the window."""
+    if budget < MIN_BUDGET:
+        raise UserError(f"a budget of {budget} tokens a layer is too small: the window of {OURS.window} and {SINKS} sink "
+                        f"tokens are always kept, so give at least {MIN_BUDGET}")
+
+
+def select(policy, observation, cache, budget, tables=None):
+    """Positions that a policy keeps, one sorted (G, S_l) tensor a layer. Raises UserError for what cannot be run."""
+    if policy not in POLICIES:
+        raise UserError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+    check_budget(budget)
+    return POLICIES[policy](observation, cache, budget, tables)
+
+
+def evict(cache, kept):
+    """A new cache of the kept slots only. cache: batch of one as prefill made it (slot t = position t); kept: L x (G, S_l)."""
+    k, v, slots = [], [], []
+    for l, positions in enumerate(kept):
+        keys, values, _ = cache.layer(l)  # (1, G, T, D)
+        positions = positions.to(keys.device)[None]  # (G, S) -> (1, G, S)
+        index = positions[..., None].expand(-1, -1, -1, keys.shape[3])  # -> (1, G, S, D)
+        k.append(keys.gather(2, index))
+        v.append(values.gather(2, index))
+        slots.append(positions.clone())
+    return KVCache(k, v, slots, cache.next_position)
+
+
+# --------------------------------------------------------------------------------------------------- compiled tables
+
+@dataclass
+class Compiled:
+    """The two tables learned for one of SETTINGS, and the bins that index the gate."""
+    W_head: np.ndarray         # (budgets, L, H)
+    T_gate: np.ndarray         # (budgets, L, 20, 4)
+    entropy_edges: np.ndarray  # (19,) ascending, nats
+    ppl_edges: np.ndarray      # (3,) ascending
+
+
+@dataclass
+class Tables:
+    """What offline compilation leaves: one .npz of a few hundred kilobytes, valid for one model only."""
+    budgets: np.ndarray   # (budgets,) tokens a layer that were compiled; others use the nearest in ratio
+    fingerprint: str      # of the model's weights
+    compiled: dict        # a name of SETTINGS -> Compiled
+    provenance: dict = field(default_factory=dict)  # how the tables were made, JSON-serialisable
+
+    def look_up(self, name, budget, entropy, perplexity):
+        """W_head (L, H) and tau (L,) for one prompt's risk: O(1) in its length."""
+        c = self.compiled[name]
+        b = int(np.abs(np.log(self.budgets / budget)).argmin())
+        e, p = risk_bin(entropy, c.entropy_edges), risk_bin(perplexity, c.ppl_edges)
+        return torch.from_numpy(c.W_head[b]).float(), torch.from_numpy(c.T_gate[b, :, e, p]).float()
+
+    def save(self, path):
+        """Write to a temporary file, then rename: a reader sees the old tables or the new ones, never half of them."""
+        arrays = {f"{name}/{key}": value for name, c in self.compiled.items() for key, value in vars(c).items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, budgets=self.budgets, fingerprint=self.fingerprint,
+                            provenance=json.dumps(self.provenance), **arrays)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path, model):
+        """Read and validate tables for `model`. Raises UserError if missing, damaged, or of another model."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                data = {key: file[key] for key in file.files}
+            names = {key.split("/")[0] for key in data if "/" in key}
+            compiled = {name: Compiled(**{key.split("/")[1]: value for key, value in data.items()
+                                          if key.startswith(name + "/")}) for name in sorted(names)}
+            tables = cls(data["budgets"], str(data["fingerprint"]), compiled, json.loads(str(data["provenance"])))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such tables; compile them with `python train_tables.py`") from None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+            raise UserError(f"{path}: damaged tables file ({error}); compile it anew with `python train_tables.py`") from None
+        if tables.fingerprint != model.fingerprint:
+            raise UserError(f"{path}: these tables were compiled for another model (weights {tables.fingerprint[:12]}, "
+                            f"here {model.fingerprint[:12]}); compile them with `python train_tables.py --model FILE`")
+        tables.validate(path, model.config)
+        return tables
+
+    def validate(self, path, config):
+        """Raise UserError unless every array has the shape the model needs and finite, ordered entries."""
+        n = len(self.budgets)
+        shapes = {"W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
+                  "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
+        for name in SETTINGS:
+            if name not in self.compiled:
+                raise UserError(f"{path}: no tables for {name}; compile them anew with `python train_tables.py`")
+            for key, array in vars(self.compiled[name]).items():
+                if array.shape != shapes[key] or not np.isfinite(array).all():
+                    raise UserError(f"{path}: {name}/{key} has shape {array.shape} or entries that are not finite; "
+                                    f"expected finite {shapes[key]}")
+                if key.endswith("edges") and (np.diff(array) < 0).any():
+                    raise UserError(f"{path}: {name}/{key} is not ascending")
+
+
+def risk_bin(value, edges):
+    """Index of the bin that holds value: 0 .. len(edges), rising with value. Raises ValueError for NaN."""
+    if np.isnan(value):
+        raise ValueError("NaN has no risk bin")
+    return int(np.searchsorted(edges, value, side="right"))
+
+
+def write_atomically(path, data):
+    """Write bytes or text to a temporary file beside path, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

