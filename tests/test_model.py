@@ -1,0 +1,645 @@
+"""Tests of model.py: the network against a slow reference, the KV cache against masking, GGUF files and the tokenizer.
+
+Nearly everything runs on a tiny random model, so that no weights are needed. Letters in shapes as in model.py.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from compilerkv import evict
+from model import (CONTROL, QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, Tokenizer, UserError,
+                   byte_alphabet, default_path, load, random_model, rope_frequencies)
+
+torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
+
+CONFIG = Config(n_layer=3, n_head=4, n_kv_head=2, n_embd=24, head_dim=8, n_ff=40, vocab_size=64, context_length=256)
+MODEL = random_model(CONFIG, seed=0)
+L, H, G, D = CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head, CONFIG.head_dim
+
+properties = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+def random_tokens(n, seed, vocab_size=CONFIG.vocab_size):
+    """A list of n random token ids."""
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def full_forward(model, tokens):
+    """Logits (T, V) of a whole sequence in one pass through an empty cache."""
+    cache = KVCache.empty(model.config, model.dtype, model.device)
+    return model.logits(model.forward(torch.tensor([tokens]), cache)[0][0])
+
+
+def step(model, cache, token):
+    """Logits (B, V) after one more token, the same in every row of the cache, which grows by it."""
+    column = torch.full((len(cache.next_position), 1), token)
+    return model.logits(model.forward(column, cache)[0][:, -1])
+
+
+def reference(model, tokens):
+    """The network the slow way, in float64: one head at a time, RoPE by complex numbers, a whole T x T softmax.
+
+    Returns logits (T, V) and attention probabilities (L, H, T, T).
+    """
+    c, T = model.config, len(tokens)
+    x = model.embedding[tokens].double()  # (T, E)
+    frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)  # (D/2,)
+    turn = torch.polar(torch.ones(1).double(), torch.outer(torch.arange(T).double(), frequency))  # (T, D/2)
+    hidden = torch.ones(T, T).triu(1).bool()
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight.double()
+
+    def spin(z):  # (T, D) -> (T, D)
+        a, b = z[:, :c.head_dim // 2], z[:, c.head_dim // 2:]
+        turned = torch.complex(a, b) * turn
+        return torch.cat((turned.real, turned.imag), 1)
+
+    attention = []
+    for block in model.blocks:
+        rows = (norm(x, block.attn_norm) @ block.qkv.double().T).split(c.head_dim, 1)  # H + 2G times (T, D)
+        outputs = []
+        for h in range(c.n_head):
+            g = h * c.n_kv_head // c.n_head
+            q, k, v = spin(rows[h]), spin(rows[c.n_head + g]), rows[c.n_head + c.n_kv_head + g]
+            A = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(hidden, -torch.inf).softmax(-1)  # (T, T)
+            attention.append(A)
+            outputs.append(A @ v)
+        x = x + torch.cat(outputs, 1) @ block.out.double().T
+        gate, up = (norm(x, block.ffn_norm) @ block.gate_up.double().T).split(c.n_ff, 1)
+        x = x + (gate / (1 + (-gate).exp()) * up) @ block.down.double().T
+    logits = norm(x, model.norm) @ model.head.double().T
+    return logits.float(), torch.stack(attention).view(c.n_layer, c.n_head, T, T).float()
+
+
+def random_kept(T, seed, ragged=True):
+    """A random kept set of T slots: every KV head its own positions and, if `ragged`, every layer its own number."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = [int(torch.randint(1, T + 1, (1,), generator=g)) if ragged else T // 2 for _ in range(L)]
+    return [torch.stack([torch.randperm(T, generator=g)[:size].sort().values for _ in range(G)]) for size in sizes]
+
+
+def masked(cache, kept):
+    """A copy of the cache that still holds every slot, those not kept hidden by position -1."""
+    out = copy.deepcopy(cache)
+    for l, positions in enumerate(kept):
+        out.slots[l] = torch.full_like(out.slots[l], -1).scatter(2, positions[None], positions[None])
+    return out
+
+
+def close(a, b, tolerance=1e-5):
+    """True when two of one shape differ nowhere by more than the tolerance (times the largest entry, if above 1)."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+def assert_one_line(error, *words):
+    """The message of a UserError is a single line that contains the words."""
+    text = str(error.value)
+    assert text.strip() and len(text.splitlines()) == 1
+    assert all(str(word) in text for word in words), text
+
+
+# ------------------------------------------------------------------------------------------- the network, as a whole
+
+@pytest.mark.parametrize("T", [1, 2, 9, QUERY_BLOCK, QUERY_BLOCK + 22])
+def test_prefill_matches_the_slow_reference(T):
+    """Guards against a wrong mask, RoPE, head order or block boundary in logits, attention, total or logprobs."""
+    tokens, tolerance = random_tokens(T, seed=T), 1e-5 if T < 10 else 1e-4  # rounding of the angles grows with position
+    logits, cache, seen = MODEL.prefill(tokens, window=T, total=True)
+    expected, A = reference(MODEL, tokens)
+    assert close(logits, expected[-1], tolerance) and close(full_forward(MODEL, tokens), expected, tolerance)
+    assert seen.n_tokens == T and close(seen.attention, A, tolerance) and close(seen.total, A.sum(2), tolerance)
+    assert close(seen.attention.sum(-1), torch.ones(L, H, T))
+    assert seen.logprobs.shape == (T - 1,)
+    if T > 1:
+        assert close(seen.logprobs, expected[:-1].log_softmax(-1)[range(T - 1), tokens[1:]], tolerance)
+    assert cache.length == [T] * L and cache.next_position.tolist() == [T]
+
+
+@properties
+@given(T=st.integers(1, 40), window=st.integers(1, 50), seed=seeds)
+def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
+    """Guards against a window shifted by one: its queries, keys and log-probabilities are the prompt's last."""
+    tokens = random_tokens(T, seed)
+    _, _, everything = MODEL.prefill(tokens, window=T)
+    _, _, seen = MODEL.prefill(tokens, window=window)
+    w = min(window, T)
+    assert close(seen.attention, everything.attention[:, :, -w:])
+    assert len(seen.logprobs) == min(w, T - 1)
+    assert torch.allclose(seen.logprobs, everything.logprobs[T - 1 - len(seen.logprobs):], rtol=0, atol=1e-5)
+    assert seen.total is None and seen.answer is None
+
+
+@properties
+@given(T=st.integers(1, 12), n=st.integers(1, 12), seed=seeds)
+def test_token_by_token_equals_one_forward(T, n, seed):
+    """Guards against a cache that feeds decoding other keys, values or positions than prefill would."""
+    tokens = random_tokens(T + n, seed)
+    logits, cache, _ = MODEL.prefill(tokens[:T], window=1)
+    rows = [logits] + [step(MODEL, cache, token)[0] for token in tokens[T:]]
+    assert close(torch.stack(rows), full_forward(MODEL, tokens)[T - 1:])
+
+
+def test_greedy_decoding_past_the_spare_slots_equals_one_forward():
+    """Guards against losing or overwriting slots when the cache has to grow while decoding."""
+    T, n = 5, 2 * SPARE_SLOTS + 10
+    model = random_model(CONFIG, seed=2)
+    prompt = random_tokens(T, seed=3)
+    logits, cache, _ = model.prefill(prompt, window=4)
+    [out] = model.decode(cache, logits, max_new=n, stop={CONFIG.vocab_size})
+    assert len(out) == n and len(set(out)) > 3
+    assert out == full_forward(model, prompt + out[:-1]).argmax(-1)[T - 1:].tolist()
+    assert cache.length == [T + n - 1] * L
+
+
+def test_repeating_the_kv_heads_changes_nothing():
+    """Guards against query heads that read the wrong KV head: 2 KV heads, or each written out twice, are one model."""
+    config = Config(**{**vars(CONFIG), "n_kv_head": H})
+
+    def widen(qkv):  # ((H + 2G) D, E) -> (3H D, E)
+        q, k, v = qkv.split((H * D, G * D, G * D))
+        repeated = [w.view(G, D, -1).repeat_interleave(H // G, 0).reshape(H * D, -1) for w in (k, v)]
+        return torch.cat((q, *repeated))
+
+    blocks = [Block(**{**vars(b), "qkv": widen(b.qkv)}) for b in MODEL.blocks]
+    wide = Model(config, MODEL.embedding, blocks, MODEL.norm, MODEL.head, MODEL.inv_freq, "wide")
+    tokens = random_tokens(20, seed=1)
+    logits, cache, seen = MODEL.prefill(tokens, window=20)
+    wide_logits, wide_cache, wide_seen = wide.prefill(tokens, window=20)
+    assert close(logits, wide_logits) and close(seen.attention, wide_seen.attention)
+    assert close(step(MODEL, cache, 7), step(wide, wide_cache, 7))
+    assert wide_cache.nbytes == H // G * cache.nbytes
+
+
+def test_two_prompts_in_a_row_equal_two_fresh_models():
+    """Guards against anything that one prompt leaves behind in the model for the next."""
+    for length, seed in ((30, 1), (11, 2)):
+        tokens = random_tokens(length, seed)
+        fresh = random_model(CONFIG, seed=0)
+        (logits, cache, seen), (logits2, cache2, seen2) = (m.prefill(tokens, 8, total=True) for m in (MODEL, fresh))
+        assert torch.equal(logits, logits2) and torch.equal(seen.attention, seen2.attention)
+        assert torch.equal(seen.logprobs, seen2.logprobs) and torch.equal(seen.total, seen2.total)
+        assert MODEL.decode(cache, logits, 10, stop={1}) == fresh.decode(cache2, logits2, 10, stop={1})
+
+
+# ---------------------------------------------------------------------------------------------------- the cut cache
+
+@properties
+@given(T=st.integers(2, 40), seed=seeds)
+def test_evicted_slots_equal_hidden_slots(T, seed):
+    """Guards against eviction that moves positions, mixes KV heads or keeps more or other tokens than asked."""
+    tokens, continuation = random_tokens(T, seed), random_tokens(6, seed + 1)
+    logits, cache, _ = MODEL.prefill(tokens, window=1)
+    kept = random_kept(T, seed)
+    cut, hidden = evict(cache, kept), masked(cache, kept)
+    assert close(MODEL.nll(cut, logits, continuation), MODEL.nll(hidden, logits, continuation))
+    for token in continuation:
+        assert close(step(MODEL, cut, token), step(MODEL, hidden, token))
+
+
+def test_eviction_changes_the_loss():
+    """Guards against a comparison of evicted caches that is true only because eviction does nothing."""
+    logits, cache, _ = MODEL.prefill(random_tokens(30, seed=4), window=1)
+    continuation = random_tokens(6, seed=5)
+    cut = evict(cache, random_kept(30, seed=6))
+    assert (MODEL.nll(cut, logits, continuation) - MODEL.nll(cache, logits, continuation)).abs() > 1e-3
+
+
+def test_keeping_everything_equals_the_full_cache_bit_for_bit():
+    """Guards against eviction that reorders, rounds or re-rotates what it keeps."""
+    T = 33
+    tokens, continuation = random_tokens(T, seed=7), random_tokens(9, seed=8)
+    logits, cache, _ = MODEL.prefill(tokens, window=1)
+    same = evict(cache, [torch.arange(T).expand(G, -1)] * L)
+    assert torch.equal(MODEL.nll(cache, logits, continuation), MODEL.nll(same, logits, continuation))
+    for token in continuation:
+        assert torch.equal(step(MODEL, cache, token), step(MODEL, same, token))
+
+
+def test_eviction_leaves_the_cache_it_was_given_alone():
+    """Guards against one policy's eviction spoiling the cache that the next policy is compared on."""
+    _, cache, _ = MODEL.prefill(random_tokens(20, seed=9), window=1)
+    before = copy.deepcopy(cache)
+    step(MODEL, evict(cache, random_kept(20, seed=10)), 3)
+    assert cache.length == before.length and torch.equal(cache.next_position, before.next_position)
+    for l in range(L):
+        assert all(torch.equal(a, b) for a, b in zip(cache.layer(l), before.layer(l)))
+
+
+@pytest.mark.parametrize("dtype, itemsize", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_nbytes_is_exact_arithmetic_at_the_stored_heads(dtype, itemsize):
+    """Guards against counting query heads, padding, spare capacity or evicted slots as memory."""
+    T = 21
+    model = random_model(CONFIG, seed=1, dtype=dtype)
+    logits, cache, _ = model.prefill(random_tokens(T, seed=11), window=5)
+    assert all(cache.layer(l)[i].shape == (1, G, T, D) for l in range(L) for i in (0, 1))
+    assert cache.nbytes == 2 * L * G * T * D * itemsize
+    kepts = [random_kept(T, seed=12, ragged=False), random_kept(T, seed=13), random_kept(T, seed=14)]
+    cuts = [evict(cache, kept) for kept in kepts]
+    assert cuts[0].nbytes == 2 * L * G * (T // 2) * D * itemsize
+    for cut, kept in zip(cuts, kepts):
+        assert cut.nbytes == 2 * G * sum(positions.shape[1] for positions in kept) * D * itemsize
+        assert [k.shape[2] for k in cut.k] == [positions.shape[1] for positions in kept]
+    batch = KVCache.stack(cuts)
+    assert batch.nbytes == sum(cut.nbytes for cut in cuts)
+    assert batch.kept().tolist() == [int(cut.kept()) for cut in cuts]
+    model.decode(batch, logits, max_new=4, stop={CONFIG.vocab_size})  # writes 3 tokens: nobody needs the fourth's slot
+    assert batch.nbytes == sum(cut.nbytes for cut in cuts) + 3 * 3 * 2 * L * G * D * itemsize
+
+
+# --------------------------------------------------------------------------------------------- batches, nll, decode
+
+@properties
+@given(T=st.integers(2, 30), B=st.integers(1, 4), seed=seeds)
+def test_a_ragged_batch_equals_its_rows_one_by_one(T, B, seed):
+    """Guards against padding that is attended to, and against rows that leak into each other."""
+    logits, cache, _ = MODEL.prefill(random_tokens(T, seed), window=1)
+    kepts = [random_kept(T, seed + row) for row in range(B)]
+    continuation = random_tokens(5, seed)
+    batch = KVCache.stack([evict(cache, kept) for kept in kepts])
+    alone = torch.cat([MODEL.nll(evict(cache, kept), logits, continuation) for kept in kepts])
+    assert close(MODEL.nll(batch, logits, continuation), alone)
+    out = MODEL.decode(batch, logits, max_new=12, stop={3, 4})
+    assert out == [MODEL.decode(evict(cache, kept), logits, 12, stop={3, 4})[0] for kept in kepts]
+
+
+def test_nll_is_the_mean_over_the_continuation():
+    """Guards against a loss shifted by one token, summed instead of averaged, or without the first token."""
+    tokens, continuation = random_tokens(12, seed=15), random_tokens(7, seed=16)
+    logits, cache, _ = MODEL.prefill(tokens, window=3)
+    expected = F.cross_entropy(reference(MODEL, tokens + continuation[:-1])[0][11:], torch.tensor(continuation))
+    assert close(MODEL.nll(cache, logits, continuation), expected[None])
+    first = F.cross_entropy(logits, torch.tensor(continuation[0]))
+    assert close(MODEL.nll(cache, logits, continuation[:1]), first[None])
+
+
+def test_nll_hands_the_cache_back_as_it_found_it():
+    """Guards against a continuation that was only scored and yet stays in the cache."""
+    logits, cache, _ = MODEL.prefill(random_tokens(15, seed=17), window=3)
+    cache = evict(cache, random_kept(15, seed=18))
+    untouched, continuation = copy.deepcopy(cache), random_tokens(SPARE_SLOTS + 9, seed=19)
+    first = MODEL.nll(cache, logits, continuation)
+    assert cache.length == untouched.length and torch.equal(cache.next_position, untouched.next_position)
+    assert cache.nbytes == untouched.nbytes
+    assert torch.equal(first, MODEL.nll(cache, logits, continuation))
+    MODEL.nll(cache, logits, continuation[:3])
+    assert MODEL.decode(cache, logits, 20, stop={0}) == MODEL.decode(untouched, logits, 20, stop={0})
+
+
+def test_decode_stops_before_the_stop_token():
+    """Guards against an answer that holds its stop token, runs past it, or ends with the first row that stops."""
+    logits, cache, _ = MODEL.prefill(random_tokens(20, seed=20), window=3)
+    rows = [evict(cache, random_kept(20, seed)) for seed in (21, 22, 23, 24)]
+    free = [MODEL.decode(copy.deepcopy(row), logits, 30, stop={CONFIG.vocab_size})[0] for row in rows]
+    stop = next(token for token in free[0][3:] if token != logits.argmax())  # all rows share their first token
+    expected = [out[:out.index(stop)] if stop in out else out for out in free]
+    assert len(set(map(len, expected))) > 1
+    assert MODEL.decode(KVCache.stack(rows), logits, 30, stop={stop}) == expected
+    assert MODEL.decode(cache, logits, 30, stop={int(logits.argmax()), stop}) == [[]]
+
+
+@pytest.mark.parametrize("max_new", [1, 2, 7])
+def test_decode_respects_max_new(max_new):
+    """Guards against one token too many or too few."""
+    logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
+    out = MODEL.decode(KVCache.stack([cache, cache]), logits, max_new, stop={CONFIG.vocab_size})
+    assert [len(row) for row in out] == [max_new, max_new]
+
+
+@pytest.mark.xfail(strict=True, reason="model.py, decode: torch.stack of no columns")
+def test_decode_of_no_tokens():
+    """Guards against a crash where no new token was asked for."""
+    logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
+    assert MODEL.decode(KVCache.stack([cache, cache]), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
+
+
+# ----------------------------------------------------------------------------------------------------- short and long
+
+@pytest.mark.parametrize("length, window, word", [
+    (0, 4, "empty"), (CONFIG.context_length + 1, 4, CONFIG.context_length), (5, 0, "window"), (5, -1, "window"),
+])
+def test_impossible_prompts_are_refused_in_one_line(length, window, word):
+    """Guards against a stack trace, or a silently wrong answer, for a prompt that the model cannot run."""
+    with pytest.raises(UserError) as error:
+        MODEL.prefill(random_tokens(length, seed=26), window)
+    assert_one_line(error, word)
+
+
+def test_the_context_may_be_filled_and_not_overrun():
+    """Guards against a limit that is off by one, and against positions that the model was never trained on."""
+    logits, cache, _ = MODEL.prefill(random_tokens(CONFIG.context_length, seed=27), window=4)
+    assert len(MODEL.decode(cache, logits, 1, stop={CONFIG.vocab_size})[0]) == 1
+    with pytest.raises(UserError) as error:
+        MODEL.decode(cache, logits, 2, stop={CONFIG.vocab_size})
+    assert_one_line(error, CONFIG.context_length + 1, CONFIG.context_length)
+
+
+def test_a_prompt_of_one_token_works():
+    """Guards against the empty slice: one token has attention, but no token before it that predicted it."""
+    logits, cache, seen = MODEL.prefill([5], window=32, total=True)
+    assert seen.logprobs.shape == (0,) and torch.equal(seen.attention, torch.ones(L, H, 1, 1))
+    assert close(seen.total, torch.ones(L, H, 1))
+    assert len(MODEL.decode(cache, logits, 3, stop={CONFIG.vocab_size})[0]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ weights files
+
+TINY = Config(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, n_ff=24, vocab_size=260, context_length=128,
+              rope_base=5000.0, norm_eps=1e-6)
+
+
+def tiny_llama(seed, tied):
+    """A random model of TINY's shape whose norms are random too, so that mixed-up norms show."""
+    g = torch.Generator().manual_seed(seed)
+    base = random_model(TINY, seed)
+    norm = lambda: torch.rand(TINY.n_embd, generator=g) + 0.5
+    blocks = [Block(**{**vars(b), "attn_norm": norm(), "ffn_norm": norm()}) for b in base.blocks]
+    head = base.embedding if tied else torch.randn(base.embedding.shape, generator=g) / 4
+    return Model(TINY, base.embedding, blocks, norm(), head, rope_frequencies(TINY), "tiny")
+
+
+def gguf_tensors(model):
+    """The model's weights under their GGUF names, query and key rows in GGUF's order: i, i + D/2 become neighbours."""
+    def interleave(w, n_head):
+        half = TINY.head_dim // 2
+        order = [h * TINY.head_dim + i + side * half for h in range(n_head) for i in range(half) for side in (0, 1)]
+        return w[order]
+
+    tensors = {"token_embd.weight": model.embedding, "output_norm.weight": model.norm}
+    if model.head is not model.embedding:
+        tensors["output.weight"] = model.head
+    for l, b in enumerate(model.blocks):
+        q, k, v = b.qkv.split((TINY.n_head * TINY.head_dim, TINY.head_dim, TINY.head_dim))
+        gate, up = b.gate_up.chunk(2)
+        for name, w in {"attn_norm": b.attn_norm, "attn_q": interleave(q, TINY.n_head), "attn_k": interleave(k, 1),
+                        "attn_v": v, "attn_output": b.out, "ffn_norm": b.ffn_norm, "ffn_gate": gate, "ffn_up": up,
+                        "ffn_down": b.down}.items():
+            tensors[f"blk.{l}.{name}.weight"] = w
+    return {name: w.numpy() for name, w in tensors.items()}
+
+
+def gguf_meta():
+    """Metadata of the tiny file: 256 byte tokens, 2 merged tokens, 2 control tokens."""
+    tokens = [*byte_alphabet(), "th", "the", "<s>", "</s>"]
+    return {
+        "general.architecture": "llama", "general.name": "tiny", "llama.block_count": 2, "llama.context_length": 128,
+        "llama.embedding_length": 16, "llama.feed_forward_length": 24, "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1, "llama.rope.freq_base": 5000.0,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 258 + [CONTROL] * 2,
+        "tokenizer.ggml.merges": ["t h", "th e"], "tokenizer.ggml.bos_token_id": 258,
+        "tokenizer.ggml.eos_token_id": 259,
+    }
+
+
+def write_gguf(path, tensors, meta):
+    """Write a GGUF file of float32 tensors."""
+    writer = gguf.GGUFWriter(path, meta["general.architecture"])
+    for key, value in meta.items():
+        if key != "general.architecture":  # the writer has put it in already
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, w in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(w))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_load_reads_back_what_was_written(tmp_path, tied):
+    """Guards against transposed, swapped or un-permuted weights, a forgotten output matrix, and ignored constants."""
+    model, path = tiny_llama(seed=1, tied=tied), tmp_path / "tiny.gguf"
+    write_gguf(path, gguf_tensors(model), gguf_meta())
+    loaded = load(path, "float32")
+    assert vars(loaded.config) == pytest.approx(vars(TINY))
+    assert loaded.name == "tiny" and len(loaded.fingerprint) == 64 and loaded.dtype == torch.float32
+    for mine, theirs in zip(model.blocks, loaded.blocks):
+        assert all(torch.equal(w, vars(theirs)[name]) for name, w in vars(mine).items())
+    assert torch.equal(loaded.head, model.head) and (loaded.head is loaded.embedding) == tied
+    tokens = random_tokens(20, seed=2, vocab_size=260)
+    logits, cache, _ = loaded.prefill(tokens, window=4)
+    assert close(logits, reference(model, tokens)[0][-1])
+    assert len(loaded.decode(cache, logits, 5)[0]) <= 5  # stops at the file's own end token
+
+
+def test_loaded_tokenizer_merges_and_knows_its_special_tokens(tmp_path):
+    """Guards against a vocabulary read by the wrong alphabet, without merges, or with control tokens cut to bytes."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta())
+    tokenizer = load(path, "float32").tokenizer
+    ids = list(byte_alphabet().values())
+    assert tokenizer.encode("the bath</s>") == [257, *(ids.index(b) for b in b" ba"), 256, 259]
+    assert tokenizer.stop == {259}
+    text = "Grüße,\t世界 🙂\x00 the\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(UserError) as error:
+        tokenizer.chat("hello")
+    assert_one_line(error, "template")
+
+
+def test_chat_templates_render_as_their_authors_saw_them(tmp_path):
+    """Guards against line breaks of the template's own {% %} lines that end up in the prompt."""
+    template = "{{ bos_token }}\n{% for m in messages %}\n  {% if true %}\n{{ m.role }}: {{ m.content }}\n" \
+               "  {% endif %}\n{% endfor %}\n{% if add_generation_prompt %}\nassistant:{% endif %}"
+    write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)),
+               gguf_meta() | {"tokenizer.chat_template": template})
+    tokenizer = load(tmp_path / "tiny.gguf", "float32").tokenizer
+    assert tokenizer.decode(tokenizer.chat("Hi </s>")) == "<s>\nuser: Hi </s>\nassistant:"
+
+
+def test_fingerprints_tell_weights_apart(tmp_path):
+    """Guards against tables of one model being accepted by another of the same shape."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_gguf(tmp_path / name, gguf_tensors(tiny_llama(seed, tied=True)), gguf_meta())
+    a, b, c = (load(tmp_path / name, torch.float32).fingerprint for name in "abc")
+    assert a == b != c
+
+
+def test_linear_rope_scaling_slows_every_rotation(tmp_path):
+    """Guards against a scaling factor that is accepted and then ignored."""
+    scaled = gguf_meta() | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)), scaled)
+    assert close(load(tmp_path / "tiny.gguf", "float32").inv_freq, rope_frequencies(TINY) / 4, 1e-9)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"general.architecture": "mamba"}, "mamba"),
+    ({"llama.expert_count": 8}, "mixture of experts"),
+    ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+    ({"tokenizer.ggml.model": "llama"}, "byte-level"),
+    ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
+    ({"tokenizer.ggml.merges": ["th e", "t h"]}, "merges"),
+])
+def test_models_that_would_compute_something_else_are_refused_by_name(tmp_path, changes, word):
+    """Guards against a file that loads without complaint and then speaks nonsense."""
+    path = tmp_path / "strange.gguf"
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta() | changes)
+    with pytest.raises(UserError) as error:
+        load(path, "float32")
+    assert_one_line(error, path, word)
+
+
+def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path):
+    """Guards against a bias that is silently left out, and against a KeyError for an incomplete file."""
+    tensors, path = gguf_tensors(tiny_llama(seed=1, tied=True)), tmp_path / "strange.gguf"
+    for changed, word in ((tensors | {"blk.0.attn_q.bias": np.zeros(16, np.float32)}, "blk.0.attn_q.bias"),
+                          ({k: w for k, w in tensors.items() if "1.ffn_up" not in k}, "blk.1.ffn_up.weight")):
+        write_gguf(path, changed, gguf_meta())
+        with pytest.raises(UserError) as error:
+            load(path, "float32")
+        assert_one_line(error, path, word)
+
+
+@pytest.mark.xfail(strict=True, reason="model.py, load and refuse_unsupported: KeyError for missing metadata")
+def test_missing_metadata_is_refused_in_one_line(tmp_path):
+    """Guards against a KeyError for a file that lacks a key that no default can stand in for."""
+    tensors, path = gguf_tensors(tiny_llama(seed=1, tied=True)), tmp_path / "lacking.gguf"
+    optional = {"general.architecture", "general.name", "llama.rope.freq_base", "llama.attention.head_count_kv",
+                "tokenizer.ggml.merges", "tokenizer.ggml.model", "tokenizer.ggml.pre"}
+    for key in gguf_meta().keys() - optional:
+        write_gguf(path, tensors, {k: v for k, v in gguf_meta().items() if k != key})
+        with pytest.raises(UserError) as error:
+            load(path, "float32")
+        assert_one_line(error, path, key)
+
+
+@pytest.mark.parametrize("changes", [
+    {"llama.attention.head_count_kv": 2}, {"llama.attention.head_count": 3}, {"llama.embedding_length": 32},
+    {"llama.feed_forward_length": 20}, {"llama.rope.dimension_count": 4}, {"tokenizer.ggml.eos_token_id": 999},
+])
+@pytest.mark.xfail(strict=True, reason="model.py, load: sizes in the metadata are not compared with the tensors")
+def test_metadata_that_contradicts_the_tensors_is_refused_in_one_line(tmp_path, changes):
+    """Guards against a damaged file that loads and fails at the first prompt, or turns only a part of each head."""
+    path = tmp_path / "contradiction.gguf"
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta() | changes)
+    with pytest.raises(UserError) as error:
+        load(path, "float32")
+    assert_one_line(error, path)
+
+
+@pytest.mark.xfail(strict=True, reason="model.py: refuse_unsupported takes a missing name for gpt-2, load does not")
+def test_a_file_without_the_name_of_its_pre_tokenizer_loads_as_gpt_2(tmp_path):
+    """Guards against a default that one function grants and the next one does not know."""
+    path, meta = tmp_path / "old.gguf", gguf_meta()
+    del meta["tokenizer.ggml.pre"]
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), meta)
+    assert load(path, "float32").tokenizer.encode("the") == [257]
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param(b"", id="empty"),
+    pytest.param(b"GGUF", id="magic number only"),
+    pytest.param(bytes(5000), id="zeros"),
+    pytest.param(b"Dear diary,\ntoday I wrote no weights.\n", id="text"),
+    pytest.param(np.random.default_rng(0).bytes(5000), id="random bytes"),
+    pytest.param(b"GGUF\x03\x00\x00\x00" + np.random.default_rng(1).bytes(5000), id="random bytes behind a header"),
+])
+def test_files_that_are_not_gguf_are_refused_in_one_line(tmp_path, content):
+    """Guards against a stack trace of the GGUF reader for a wrong or damaged download."""
+    path = tmp_path / "not-weights.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load(path, "float32")
+    assert_one_line(error, path)
+
+
+def test_missing_paths_and_directories_are_refused_in_one_line(tmp_path):
+    """Guards against a FileNotFoundError for a mistyped --model."""
+    for path in (tmp_path / "nowhere.gguf", tmp_path):
+        with pytest.raises(UserError) as error:
+            load(path, "float32")
+        assert_one_line(error, path)
+
+
+def test_a_file_cut_anywhere_is_refused_in_one_line(tmp_path):
+    """Guards against a broken download that loads as a smaller model or crashes the reader."""
+    path = tmp_path / "cut.gguf"
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta())
+    content = path.read_bytes()
+    for cut in [*np.linspace(1, len(content) - 1, 60).astype(int), len(content) - 33]:
+        path.write_bytes(content[:cut])
+        with pytest.raises(UserError) as error:
+            load(path, "float32")
+        assert_one_line(error, path)
+
+
+# ------------------------------------------------------------------------------------------------- the real vocabulary
+
+def why_no_weights():
+    """The message that names the pip command where the weights are missing, else an empty string."""
+    try:
+        default_path()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+needs_weights = pytest.mark.skipif(bool(why_no_weights()), reason=why_no_weights())
+CASES = json.loads((Path(__file__).parent / "tokenizer_cases.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The real tokenizer, made from the file's metadata alone: no weight is read."""
+    meta = {key: field.contents() for key, field in gguf.GGUFReader(default_path()).fields.items()}
+    prefix = "tokenizer.ggml."
+    return Tokenizer(meta[prefix + "tokens"], meta[prefix + "token_type"], meta[prefix + "pre"],
+                     meta["tokenizer.chat_template"], meta[prefix + "bos_token_id"], meta[prefix + "eos_token_id"],
+                     meta[prefix + "add_bos_token"])
+
+
+@needs_weights
+def test_token_ids_equal_the_reference(tokenizer):
+    """Guards against a pre-tokenizer or merge order that differs from the one the model was trained with."""
+    wrong = [(text, tokenizer.encode(text), ids) for text, ids in CASES["encode"] if tokenizer.encode(text) != ids]
+    assert len(CASES["encode"]) > 300 and not wrong
+
+
+@needs_weights
+def test_chat_ids_equal_the_reference(tokenizer):
+    """Guards against a chat template rendered without its system prompt, line breaks or assistant header."""
+    for text, ids in CASES["chat"]:
+        assert tokenizer.chat(text) == ids
+
+
+@needs_weights
+def test_decode_undoes_encode(tokenizer):
+    """Guards against text that changes on its way through the tokenizer."""
+    lacking = {b for b in range(256) if tokenizer.encoding.encode_single_token(bytes([b])) >= tokenizer.n_vocab}
+    assert len(lacking) == 21
+    ordinary = [text for text, _ in CASES["encode"] if not lacking & set(text.encode())]
+    assert len(ordinary) > 280
+    for text in ordinary:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@needs_weights
+def test_bytes_without_a_token_are_dropped(tokenizer):
+    """Guards against ids past the vocabulary, which would read outside the embedding."""
+    for byte in range(32):
+        assert all(i < tokenizer.n_vocab for i in tokenizer.encode(f"a{chr(byte)}b"))
+    assert tokenizer.decode(tokenizer.encode("a\x06b")) == "ab"
+
+
+@needs_weights
+def test_a_truncated_copy_of_the_weights_is_refused_in_one_line(tmp_path):
+    """Guards against an interrupted download of the real file."""
+    path = tmp_path / "first-megabyte.gguf"
+    with open(default_path(), "rb") as file:
+        path.write_bytes(file.read(2 ** 20))
+    with pytest.raises(UserError) as error:
+        load(path, "float32")
+    assert_one_line(error, path)
