@@ -12,7 +12,6 @@ average over layers. No model is run here. Letters as in model.py: L layers, H q
 import io
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,9 +130,10 @@ def gate(s, tau, budget):
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     """CompilerKV, end to end: two table look-ups and a clamp. Without tables W = 1 and tau = 0."""
     settings, L, H = SETTINGS[name], *observation.attention.shape[:2]
+    entropy, perplexity = risk(observation, settings.window)  # refuses NaN, with tables or without
     W, tau = torch.ones(L, H), torch.zeros(L)
     if tables is not None:
-        W, tau = tables.look_up(name, budget, *risk(observation, settings.window))
+        W, tau = tables.look_up(name, budget, entropy, perplexity)
     s = head_score(utility(observation, cache, settings), W.to(cache.k[0].device))  # (L, T)
     kept = gate(protect(s, budget, settings.window), tau.to(s.device), budget)
     G = cache.k[0].shape[1]
@@ -194,8 +194,8 @@ def select_snapkv(observation, cache, budget, tables):
 
 def pyramid_budgets(budget, n_layer, window, beta=20):
     """PyramidKV's sizes: window + a share that falls linearly with depth, from 2 - 1/beta to 1/beta of the mean; same total."""
-    share = np.linspace(2 - 1 / beta, 1 / beta, n_layer) * (budget - window)
-    edges = np.round(np.concatenate(([0], np.cumsum(share)))).astype(int)  # rounding the sums keeps the total exact
+    share = 1 + (1 - 1 / beta) * np.linspace(1, -1, n_layer) * (n_layer > 1)  # mean 1
+    edges = np.round(np.concatenate(([0], np.cumsum(share) * (budget - window)))).astype(int)  # rounding the sums keeps the total exact
     return (window + np.diff(edges)).tolist()
 
 
@@ -293,7 +293,7 @@ class Tables:
             tables = cls(data["budgets"], str(data["fingerprint"]), compiled, json.loads(str(data["provenance"])))
         except FileNotFoundError:
             raise UserError(f"{path}: no such tables; compile them with `python train_tables.py`") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        except Exception as error:  # zipfile and numpy raise a dozen kinds on a damaged file
             raise UserError(f"{path}: damaged tables file ({error}); compile it anew with `python train_tables.py`") from None
         if tables.fingerprint != model.fingerprint:
             raise UserError(f"{path}: these tables were compiled for another model (weights {tables.fingerprint[:12]}, "
@@ -303,16 +303,18 @@ class Tables:
 
     def validate(self, path, config):
         """Raise UserError unless every array has the shape the model needs and finite, ordered entries."""
-        n = len(self.budgets)
+        n = self.budgets.size
+        if self.budgets.shape != (n,) or n == 0 or not (self.budgets >= MIN_BUDGET).all():
+            raise UserError(f"{path}: damaged tables file (budgets {self.budgets})")
         shapes = {"W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
                   "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
         for name in SETTINGS:
             if name not in self.compiled:
                 raise UserError(f"{path}: no tables for {name}; compile them anew with `python train_tables.py`")
             for key, array in vars(self.compiled[name]).items():
-                if array.shape != shapes[key] or not np.isfinite(array).all():
-                    raise UserError(f"{path}: {name}/{key} has shape {array.shape} or entries that are not finite; "
-                                    f"expected finite {shapes[key]}")
+                if array.dtype.kind != "f" or array.shape != shapes[key] or not np.isfinite(array).all():
+                    raise UserError(f"{path}: {name}/{key} has shape {array.shape} or entries that are not finite numbers; "
+                                    f"expected {shapes[key]}")
                 if key.endswith("edges") and (np.diff(array) < 0).any():
                     raise UserError(f"{path}: {name}/{key} is not ascending")
 

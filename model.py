@@ -290,15 +290,16 @@ class Model:
         stop = torch.tensor(sorted(self.tokenizer.stop if stop is None else stop), device=self.device)
         B = len(cache.next_position)
         token = logits.argmax().expand(B)  # (B,)
-        done, columns = torch.zeros(B, dtype=torch.bool, device=self.device), []
+        done, rows = torch.zeros(B, dtype=torch.bool, device=self.device), [[] for _ in range(B)]
         for step in range(max_new):
             done = done | torch.isin(token, stop)
-            columns.append(torch.where(done, -1, token))
+            for row, t, end in zip(rows, token.tolist(), done.tolist()):
+                row += [] if end else [t]
             if done.all() or step == max_new - 1:
                 break
             hidden, _, _ = self.forward(token[:, None], cache)
             token = self.logits(hidden[:, -1]).argmax(-1)
-        return [[t for t in row if t >= 0] for row in torch.stack(columns, 1).tolist()]
+        return rows
 
 
 def random_model(config, seed, dtype=torch.float32):
@@ -410,43 +411,45 @@ def load(path=None, dtype=None, device="cpu"):
         arrays = {t.name: t for t in reader.tensors}
     except Exception as error:  # the reader raises many kinds on a damaged file
         raise UserError(f"{path}: not a readable GGUF file ({error})") from None
-    refuse_unsupported(path, meta)
+    config = read_config(path, meta)
+    c, H, G = config, config.n_head, config.n_kv_head
 
-    def take(name):
-        """De-quantise one tensor; GGUF names dimensions from the fastest, numpy from the slowest: (out, in)."""
+    def take(name, *shape):
+        """De-quantise one tensor of the shape (out, in) that the configuration asks for."""
         if name not in arrays:
             raise UserError(f"{path}: the tensor {name} is missing; is this a complete Llama model?")
         tensor = arrays.pop(name)
-        return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        w = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        if w.shape != shape:
+            raise UserError(f"{path}: the tensor {name} has shape {tuple(w.shape)}, but the file's settings need {shape}")
+        return w.to(device, dtype)
 
     def heads(name, n_head):
         """Undo GGUF's row order for interleaved RoPE: pairs (2i, 2i + 1) back to (i, i + D/2)."""
-        w = take(name)  # (heads D, E)
-        return w.view(n_head, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        w = take(name, n_head * c.head_dim, c.n_embd)
+        return w.view(n_head, -1, 2, c.n_embd).transpose(1, 2).reshape(w.shape)
 
-    n_head, n_embd = meta["llama.attention.head_count"], meta["llama.embedding_length"]
-    config = Config(meta["llama.block_count"], n_head, meta.get("llama.attention.head_count_kv", n_head), n_embd,
-                    meta.get("llama.attention.key_length", n_embd // n_head), meta["llama.feed_forward_length"],
-                    len(meta["tokenizer.ggml.tokens"]), meta["llama.context_length"],
-                    meta.get("llama.rope.freq_base", 10000.0), meta["llama.attention.layer_norm_rms_epsilon"])
-    to = lambda w: w.to(device, dtype)
     blocks = []
-    for l in range(config.n_layer):
+    for l in range(c.n_layer):
         p = f"blk.{l}."
-        qkv = torch.cat((heads(p + "attn_q.weight", config.n_head), heads(p + "attn_k.weight", config.n_kv_head),
-                         take(p + "attn_v.weight")))
-        gate_up = torch.cat((take(p + "ffn_gate.weight"), take(p + "ffn_up.weight")))
-        blocks.append(Block(to(take(p + "attn_norm.weight")), to(qkv), to(take(p + "attn_output.weight")),
-                            to(take(p + "ffn_norm.weight")), to(gate_up), to(take(p + "ffn_down.weight"))))
-    embedding = to(take("token_embd.weight"))
-    head = to(take("output.weight")) if "output.weight" in arrays else embedding  # untied or tied
-    norm = to(take("output_norm.weight"))
-    factors = take("rope_freqs.weight") if "rope_freqs.weight" in arrays else meta.get("llama.rope.scaling.factor", 1.0)
+        qkv = torch.cat((heads(p + "attn_q.weight", H), heads(p + "attn_k.weight", G),
+                         take(p + "attn_v.weight", G * c.head_dim, c.n_embd)))
+        gate_up = torch.cat([take(p + name, c.n_ff, c.n_embd) for name in ("ffn_gate.weight", "ffn_up.weight")])
+        blocks.append(Block(take(p + "attn_norm.weight", c.n_embd), qkv,
+                            take(p + "attn_output.weight", c.n_embd, H * c.head_dim),
+                            take(p + "ffn_norm.weight", c.n_embd), gate_up, take(p + "ffn_down.weight", c.n_embd, c.n_ff)))
+    embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
+    head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
+    norm = take("output_norm.weight", c.n_embd)
+    factors = meta.get("llama.rope.scaling.factor", 1.0)
+    if "rope_freqs.weight" in arrays:
+        factors = take("rope_freqs.weight", c.head_dim // 2).float()
     if arrays:
         raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
-    tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], meta["tokenizer.ggml.pre"],
-                          meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.bos_token_id"],
-                          meta["tokenizer.ggml.eos_token_id"], meta.get("tokenizer.ggml.add_bos_token", False))
+    tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"],
+                          meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.chat_template"),
+                          meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"],
+                          meta.get("tokenizer.ggml.add_bos_token", False))
     with open(path, "rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
             else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
@@ -454,20 +457,35 @@ def load(path=None, dtype=None, device="cpu"):
                  tokenizer, meta.get("general.name", path.stem))
 
 
-def refuse_unsupported(path, meta):
-    """Raise UserError, naming what it is, for a model that would load and then compute something else."""
-    pre, merges = meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.ggml.merges", [])
-    reasons = {
-        f"architecture {meta.get('general.architecture')!r}; only 'llama' runs here": meta.get("general.architecture") != "llama",
-        "a mixture of experts": meta.get("llama.expert_count", 0) > 0,
-        f"rope scaling of type {meta.get('llama.rope.scaling.type')!r}": meta.get("llama.rope.scaling.type", "none") not in ("none", "linear"),
-        f"a {meta.get('tokenizer.ggml.model')!r} vocabulary; only byte-level BPE ('gpt2') is read": meta.get("tokenizer.ggml.model") != "gpt2",
-        f"the pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}": pre not in PRE_TOKENIZERS,
-    }
-    for reason, found in reasons.items():
+def read_config(path, meta):
+    """Configuration from the file's metadata. Raises UserError naming what would load and then compute something else."""
+    needed = ("general.architecture", "llama.block_count", "llama.attention.head_count", "llama.embedding_length",
+              "llama.feed_forward_length", "llama.context_length", "llama.attention.layer_norm_rms_epsilon",
+              "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+              "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+    get = meta.get
+
+    def refuse(reason, found):
         if found:
             raise UserError(f"{path}: unsupported model: {reason}")
-    rank = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
-    order = [rank.get(merge.replace(" ", ""), -1) for merge in merges]
-    if order != sorted(order):
-        raise UserError(f"{path}: unsupported model: token ids do not follow the order of the merges")
+
+    refuse(f"architecture {get('general.architecture')!r}; only 'llama' runs here", get("general.architecture") != "llama")
+    refuse(f"a {get('tokenizer.ggml.model')!r} vocabulary; only byte-level BPE ('gpt2') is read",
+           get("tokenizer.ggml.model") != "gpt2")
+    for key in needed:
+        refuse(f"the setting {key} is missing", key not in meta)
+    n_head, n_embd, tokens = meta["llama.attention.head_count"], meta["llama.embedding_length"], meta["tokenizer.ggml.tokens"]
+    head_dim = get("llama.attention.key_length", n_embd // n_head)
+    scaling, pre = get("llama.rope.scaling.type", "none"), get("tokenizer.ggml.pre", "gpt-2")
+    refuse("a mixture of experts", get("llama.expert_count", 0) > 0)
+    refuse(f"rope scaling of type {scaling!r}", scaling not in ("none", "linear"))
+    refuse("rotary embeddings on a part of each head", get("llama.rope.dimension_count", head_dim) != head_dim)
+    refuse(f"the pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}", pre not in PRE_TOKENIZERS)
+    refuse("bos or eos token outside the vocabulary",
+           max(meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"]) >= len(tokens))
+    rank = {token: i for i, token in enumerate(tokens)}
+    order = [rank.get(merge.replace(" ", ""), -1) for merge in meta["tokenizer.ggml.merges"]]
+    refuse("token ids do not follow the order of the merges", order != sorted(order))
+    return Config(meta["llama.block_count"], n_head, get("llama.attention.head_count_kv", n_head), n_embd, head_dim,
+                  meta["llama.feed_forward_length"], len(tokens), meta["llama.context_length"],
+                  get("llama.rope.freq_base", 10000.0), meta["llama.attention.layer_norm_rms_epsilon"])

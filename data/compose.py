@@ -150,11 +150,13 @@ def calibration(rng):
         out.append({"id": f"{kind}-{len(out):03d}", "kind": kind, "chat": chat, "prompt": prompt, "continuation": continuation})
 
     def ask(kind, items, pool, n_words, i):
-        """A question on one of the pool's texts, which stands among others of the pool."""
+        """A question on one of the pool's texts, which stands among others; the right answer is the rest of its sentence."""
         target = items[i % len(items)]
         question, answer = target["qa"][(i * 5 + i // len(items)) % len(target["qa"])]
+        at = target["text"].index(answer)
+        said = re.split(r"(?<=[.?!])\s|\n", target["text"][at:])[0]  # the rest of the answer's sentence
         texts = [f"{t['title']}\n\n{t['text']}" for t in fill(rng, [target], pool, n_words, rng.random())]
-        add(kind, ASK[i % len(ASK)].format(text="\n\n\n".join(texts), question=question), answer, True)
+        add(kind, ASK[i % len(ASK)].format(text="\n\n\n".join(texts), question=question), said, True)
 
     def go_on(kind, items, i):
         """Plain text, cut at a sentence in its second half; sometimes another text of the kind stands before it."""
