@@ -367,7 +367,7 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, help="a directory (default: results, or results/quick with --quick)")
     args = parser.parse_args(argv)
     args.policies = [p.strip() for p in args.policies.split(",") if p.strip()]
     try:
@@ -376,6 +376,7 @@ def parse(argv):
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.quick:
         args.budgets, args.limit = [128], 1
+    args.out = args.out or HERE / "results" / ("quick" if args.quick else "")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     if not args.policies:

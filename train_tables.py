@@ -40,6 +40,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # actions of step 3: W_head ** strength
 PRIOR = 3               # pseudo-experiences by which a rare gate state leans on its layer's mean
 SEEN_NEVER = 0.8        # tau of a gate state that was never visited (the paper's: keep more)
 MAX_ROUNDS = 3
+LEARNING_RATE = 3e-4   # of AdamW, as in the paper
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ def head_experience(samples, name, b, budget, h, W, taus):
 
     The reward is counted from that of W = 1 on the same prompt, so that prompts of different difficulty compare.
     """
-    settings, (n_budgets, L, H) = ckv.SETTINGS[name], W.shape
+    settings, (_, L, H) = ckv.SETTINGS[name], W.shape
     grid = torch.tensor(settings.W_grid, dtype=torch.float32)
     neutral = int(np.abs(np.log(settings.W_grid)).argmin())
     others = torch.from_numpy(W[b]).float()
@@ -163,11 +164,11 @@ def standardised(rewards):
     return (rewards / (np.std(rewards) + 1e-12)).astype(np.float32)
 
 
-def learn_heads(samples, name, W, taus, generator, rng):
+def learn_heads(samples, name, W, taus, budgets, generator, rng):
     """One sweep over the heads in random order, one Q-table a budget and head. Returns the new W and the experiences used."""
-    settings, (n_budgets, L, H) = ckv.SETTINGS[name], W.shape
+    settings, (_, L, H) = ckv.SETTINGS[name], W.shape
     neutral, W, count = int(np.abs(np.log(settings.W_grid)).argmin()), W.copy(), 0
-    for b, budget in enumerate(BUDGETS[:n_budgets]):
+    for b, budget in enumerate(budgets):
         if budget <= settings.window + ckv.SINKS:
             continue  # no token competes: nothing to learn, W stays 1
         for h in rng.permutation(H):
@@ -180,14 +181,14 @@ def learn_heads(samples, name, W, taus, generator, rng):
     return W, count
 
 
-def learn_gate(samples, name, W, edges, generator):
+def learn_gate(samples, name, W, edges, budgets, generator):
     """T_gate given W: a Q-table over (budget, layer, bins). Returns T (budgets, L, 20, 4), its visits and the experiences."""
-    settings, (n_budgets, L, H) = ckv.SETTINGS[name], W.shape
-    shape = (n_budgets, L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)
+    settings, (_, L, _) = ckv.SETTINGS[name], W.shape
+    shape = (len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)
     bins = [tuple(ckv.risk_bin(x, e) for x, e in zip(s.risk[name], edges)) for s in samples]
     learner = ConservativeQ(int(np.prod(shape)), len(settings.tau_grid), lr=LEARNING_RATE)
     count = 0
-    for b, budget in enumerate(BUDGETS[:n_budgets]):
+    for b, budget in enumerate(budgets):
         states, actions, rewards = gate_experience(samples, bins, name, b, budget, W)
         rewards = standardised(rewards)
         learner.update(states, actions, rewards)
@@ -216,14 +217,14 @@ def roll_out(model, sample, name, settings_of):
     return model.nll(KVCache.stack(caches), sample.logits, sample.continuation).numpy()
 
 
-def choose_strength(model, samples, name, W, taus, progress):
+def choose_strength(model, samples, name, W, taus, budgets, progress):
     """W ** strength by budget: the action with the best mean reward -(loss_compressed - loss_full) of real roll-outs.
 
     Returns the tempered W and the mean rewards (budgets, strengths).
     """
     bandit = EpsilonGreedy(len(W), len(STRENGTHS))
     for i, sample in enumerate(samples):
-        jobs = [(W[b] ** x, taus[b][i].numpy(), BUDGETS[b]) for b in range(len(W)) for x in STRENGTHS]
+        jobs = [(W[b] ** x, taus[b][i].numpy(), budget) for b, budget in enumerate(budgets) for x in STRENGTHS]
         rewards = sample.loss_full - roll_out(model, sample, name, jobs)
         b, a = np.divmod(np.arange(len(jobs)), len(STRENGTHS))
         bandit.update(b, a, rewards)
@@ -236,3 +237,152 @@ def look_up_taus(samples, name, T, edges):
     """The gate's threshold for every budget and sample: [budget][sample] -> (L,)."""
     bins = [tuple(ckv.risk_bin(x, e) for x, e in zip(s.risk[name], edges)) for s in samples]
     return [[torch.from_numpy(T[b][:, e, p]).float() for e, p in bins] for b in range(len(T))]
+
+
+def compile_tables(model, samples, name, budgets, rounds, seed, say):
+    """The coupled compilation of one reading of the method. Returns ckv.Compiled and its evidence as a dict."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    L, H = model.config.n_layer, model.config.n_head
+    learn_on = [s for i, s in enumerate(samples) if i % HOLD_OUT != HOLD_OUT - 1]
+    decide_on = [s for i, s in enumerate(samples) if i % HOLD_OUT == HOLD_OUT - 1]
+    quantiles = [np.quantile([s.risk[name][i] for s in learn_on], np.arange(1, n) / n)
+                 for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
+    W, T = np.ones((len(budgets), L, H)), np.zeros((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))
+    evidence = {"rounds": [], "roll_outs": 0, "head_experiences": 0, "gate_experiences": 0}
+    n_roll_outs = len(budgets) * len(STRENGTHS) * len(decide_on)
+    for round_ in range(rounds):
+        start = time.time()
+        raw, n = learn_heads(learn_on, name, W, look_up_taus(learn_on, name, T, quantiles), budgets, generator, rng)
+        evidence["head_experiences"] += n
+        with tqdm(total=n_roll_outs, desc=f"{name}, round {round_ + 1}: roll-outs", unit="roll-out", leave=False) as progress:
+            taus = look_up_taus(decide_on, name, T, quantiles)
+            new_W, rewards = choose_strength(model, decide_on, name, raw, taus, budgets, progress)
+        evidence["roll_outs"] += n_roll_outs
+        new_T, seen, n = learn_gate(learn_on, name, new_W, quantiles, budgets, generator)
+        evidence["gate_experiences"] += n
+        changed = {"W_head": float((new_W != W).mean()), "T_gate": float((new_T != T).mean())}
+        W, T = new_W, new_T
+        evidence["rounds"].append({
+            "entries_changed": changed, "seconds": round(time.time() - start, 1),
+            "held_out_dnll_by_strength": {str(b): dict(zip(map(str, STRENGTHS), (-r).round(4).tolist()))
+                                          for b, r in zip(budgets, rewards)}})
+        say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of T_gate "
+            f"changed, {time.time() - start:.0f} s")
+        for b, r in zip(budgets, rewards):
+            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(STRENGTHS, r)))
+        if not any(changed.values()):
+            break
+    evidence["gate_states_seen"] = float(seen.mean())
+    evidence["visits"] = np.histogram2d(*zip(*[[ckv.risk_bin(x, e) for x, e in zip(s.risk[name], quantiles)] for s in learn_on]),
+                                        bins=(range(ckv.N_ENTROPY_BINS + 1), range(ckv.N_PPL_BINS + 1)))[0].astype(int).tolist()
+    evidence["check"] = check(model, decide_on, name, W, T, quantiles, budgets)
+    return ckv.Compiled(W, T, *quantiles), evidence
+
+
+def check(model, samples, name, W, T, edges, budgets):
+    """Held-out roll-outs without tables, with W_head, with both: mean dNLL by budget, and what the gate did."""
+    taus, rows = look_up_taus(samples, name, T, edges), {}
+    for b, budget in enumerate(budgets):
+        losses, sizes = [], []
+        for i, sample in enumerate(samples):
+            tau = taus[b][i].numpy()
+            losses.append(roll_out(model, sample, name, [(np.ones_like(W[b]), 0 * tau, budget), (W[b], 0 * tau, budget),
+                                                         (W[b], tau, budget)]) - sample.loss_full)
+            s = ckv.head_score(sample.u[name], torch.from_numpy(W[b]).float())
+            sizes += [len(k) for k in ckv.gate(ckv.protect(s, budget, ckv.SETTINGS[name].window), taus[b][i], budget)]
+        mean = np.mean(losses, 0).round(4).tolist()
+        rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
+                             "kept_mean": round(float(np.mean(sizes)), 1),
+                             "gate_set_the_size": round(float(np.mean(np.array(sizes) < budget)), 4)}
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+def heat_maps(compiled, budgets, stem):
+    """W_head (layer x head, one panel a budget) and T_gate (layer x risk bin) as PNG files beside the tables."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def draw(arrays, name, title, xlabel, limits, color_map):
+        figure, axes = plt.subplots(1, len(arrays), figsize=(3.4 * len(arrays) + 1, 6.2), squeeze=False, layout="constrained")
+        for axis, array, budget in zip(axes[0], arrays, budgets):
+            image = axis.imshow(array, aspect="auto", cmap=color_map, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            axis.set(title=f"budget {budget}", xlabel=xlabel)
+        axes[0, 0].set_ylabel("layer")
+        figure.suptitle(title)
+        figure.colorbar(image, ax=axes[0].tolist(), shrink=0.7)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        plt.close(figure)
+        ckv.write_atomically(stem.with_name(f"{stem.name}-{name}.png"), buffer.getvalue())
+
+    for name, c in compiled.items():
+        logs = np.log2(c.W_head)
+        bound = max(float(np.abs(logs).max()), 0.1)
+        draw(logs, f"{name}-W_head", f"{name}: log2 W_head (red: the head counts more)", "query head", (-bound, bound), "RdBu_r")
+        flat = c.T_gate.transpose(0, 1, 3, 2).reshape(*c.T_gate.shape[:2], -1)  # (budgets, L, 20, 4) -> (budgets, L, 4 x 20)
+        draw(np.log2(np.maximum(flat, 0.25)), f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, "
+             "entropy rises within each)", "risk bin", (-2, float(np.log2(max(flat.max(), 1)))), "viridis")
+
+
+def describe(name, compiled, evidence, budgets, say):
+    """Print what was learned."""
+    for b, budget in enumerate(budgets):
+        W, T, row = compiled.W_head[b], compiled.T_gate[b], evidence["check"][str(budget)]
+        best = np.dstack(np.unravel_index(np.argsort(-W, axis=None, kind="stable")[:3], W.shape))[0]
+        heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
+        say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}; median tau {np.median(T):.2f}; "
+            f"held-out dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
+            f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
+            f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    evaluation.add_model_options(parser)
+    parser.add_argument("--data", type=Path, default=HERE / "data" / "calibration.jsonl")
+    parser.add_argument("--out", type=Path, help="default: tables/smollm2-135m.npz, or tables/quick.npz with --quick")
+    parser.add_argument("--quick", action="store_true", help="a dozen prompts, one budget, one round: does it run?")
+    args = parser.parse_args(argv)
+    args.out = args.out or HERE / "tables" / ("quick.npz" if args.quick else "smollm2-135m.npz")
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out must name a .npz file, not {args.out}")
+    return args
+
+
+def main(argv=None):
+    start, args = time.time(), parse(argv)
+    budgets, rounds = ((128,), 1) if args.quick else (BUDGETS, MAX_ROUNDS)
+    prompts = read_prompts(args.data, 12 if args.quick else None)
+    model = load(args.model, args.dtype, args.device)
+    say, samples, out = tqdm.write, [], args.out
+    try:
+        for prompt in tqdm(prompts, desc="prefill", unit="prompt", dynamic_ncols=True):
+            samples.append(collect(model, prompt))
+    except KeyboardInterrupt:  # learn from what is there, but do not replace the full tables
+        if len(samples) < 2 * HOLD_OUT:
+            raise
+        out = args.out.with_name(f"{args.out.stem}.partial.npz")
+        print(f"interrupted: compiling {out.name} from {len(samples)} prompts (Ctrl-C again to stop)", file=sys.stderr)
+    compiled, evidence = {}, {}
+    for name in ckv.SETTINGS:
+        compiled[name], evidence[name] = compile_tables(model, samples, name, budgets, rounds, args.seed, say)
+    for name in compiled:
+        describe(name, compiled[name], evidence[name], budgets, say)
+    used = prompts[:len(samples)]
+    provenance = {
+        "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed, "machine": evaluation.machine(),
+        "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
+        "learner": f"conservative Q-learning, c 0.75, AdamW lr {LEARNING_RATE}", "evidence": evidence,
+        "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
+    ckv.Tables(np.array(budgets), model.fingerprint, compiled, provenance).save(out)
+    stem = out.with_suffix("")
+    ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
+    heat_maps(compiled, budgets, stem)
+    print(f"{out.name}: {len(used)} prompts, {sum(e['roll_outs'] for e in evidence.values())} roll-outs, "
+          f"{sum(e['head_experiences'] + e['gate_experiences'] for e in evidence.values())} experiences, {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    evaluation.run_command(main)
