@@ -34,12 +34,13 @@ class Settings:
     window: int   # observation window |Omega|: the prompt's last queries
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
+    strengths: tuple  # exponents of a learned W_head among which real roll-outs decide; (1.0,) = take it as it is
 
 
-PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29)), tau_grid=tuple(np.linspace(0.8, 1.0, 21)))
+PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29)), tau_grid=tuple(np.linspace(0.8, 1.0, 21)), strengths=(1.0,))
 # Ours: log-spaced actions. W from e^-3 to e^3; tau from "keep all" over the paper's 0.8 to 102 times the mean score.
 OURS = Settings("head", 7, 32, W_grid=tuple(np.exp(np.linspace(-3, 3, 13))),
-                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19))))
+                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19))), strengths=(0.0, 0.5, 1.0))
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
 MIN_BUDGET = OURS.window + SINKS

@@ -178,13 +178,12 @@ def encode(record, tokenizer):
     return tokenizer.encode(record["prompt"]), tokenizer.encode(space + record["answers"][0] + "\n")
 
 
-def look_ahead(model, cache, observation, gold):
-    """The observation plus the attention (L, H, T) that the gold answer's queries pay: for the oracle only."""
+def look_ahead(model, cache, gold):
+    """Attention (L, H, n, T + n) that the n tokens of the right answer pay: an oracle's knowledge. The cache is left as found."""
     before = list(cache.length), cache.next_position
     _, attention, _ = model.forward(torch.tensor([gold], device=model.device), cache, observe=len(gold))
     cache.length, cache.next_position = before
-    answer = attention[..., :observation.n_tokens].float().sum(2)  # (L, H, n, T + n) -> (L, H, T)
-    return dataclasses.replace(observation, answer=answer)
+    return attention
 
 
 def run_record(model, record, policies, budgets, tables):
@@ -196,7 +195,8 @@ def run_record(model, record, policies, budgets, tables):
                         f"not fit into the model's context of {model.config.context_length}: shorten the record")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW, total="h2o" in policies)
     if "hindsight" in policies:
-        observation = look_ahead(model, cache, observation, gold)
+        answer = look_ahead(model, cache, gold)[..., :len(tokens)].float().sum(2)  # (L, H, n, T + n) -> (L, H, T)
+        observation = dataclasses.replace(observation, answer=answer)
     jobs = [(policy, budget) for budget in budgets for policy in policies if policy != "full"]
     full_nll, rows = model.nll(cache, logits, gold).item(), []
 

@@ -1,7 +1,7 @@
 """Compile W_head and T_gate offline, from experience with the real model: `python train_tables.py`.
 
 1. Collect. Every calibration prompt is prefilled once. A pass over the right continuation then shows which prompt tokens
-   its queries really use: mass[l,t], attention times value length, summed over heads.
+   it really needs: mass[l,t], the most attention that any of its queries pays, times value length, summed over heads.
 2. Learn. An experience is (state, action, reward): in state (budget, layer, head), W_head takes one of the grid's values
    while all other heads keep theirs, and the reward is the share of the layer's mass that the kept set keeps. In state
    (budget, layer, entropy bin, perplexity bin), T_gate takes a threshold, with the same reward less the paper's penalty
@@ -36,10 +36,9 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 64       # tokens of continuation scored at most (the paper: 128)
 HOLD_OUT = 3            # every third prompt only decides in step 3
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # actions of step 3: W_head ** strength
 PRIOR = 3               # pseudo-experiences by which a rare gate state leans on its layer's mean
 SEEN_NEVER = 0.8        # tau of a gate state that was never visited (the paper's: keep more)
-MAX_ROUNDS = 3
+MAX_ROUNDS = 2
 LEARNING_RATE = 3e-4   # of AdamW, as in the paper
 
 
@@ -86,9 +85,9 @@ def collect(model, prompt):
     continuation = tokenizer.encode(prompt["continuation"])[:CONTINUATION]
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
-    used = evaluation.look_ahead(model, cache, observation, continuation).answer  # (L, H, T)
-    L, H, T = used.shape
-    mass = (used * ckv.value_norm(cache).repeat_interleave(H // model.config.n_kv_head, 1)).sum(1)  # (L, H, T) -> (L, T)
+    needed = evaluation.look_ahead(model, cache, continuation)[..., :len(tokens)].float().amax(2)  # (L, H, n, T) -> (L, H, T)
+    L, H, T = needed.shape
+    mass = (needed * ckv.value_norm(cache).repeat_interleave(H // model.config.n_kv_head, 1)).sum(1)  # (L, H, T) -> (L, T)
     mass[:, :ckv.SINKS] = 0
     mass[:, T - ckv.OURS.window:] = 0
     u = {name: ckv.utility(observation, cache, s) for name, s in ckv.SETTINGS.items()}
@@ -222,14 +221,15 @@ def choose_strength(model, samples, name, W, taus, budgets, progress):
 
     Returns the tempered W and the mean rewards (budgets, strengths).
     """
-    bandit = EpsilonGreedy(len(W), len(STRENGTHS))
+    strengths = ckv.SETTINGS[name].strengths
+    bandit = EpsilonGreedy(len(W), len(strengths))
     for i, sample in enumerate(samples):
-        jobs = [(W[b] ** x, taus[b][i].numpy(), budget) for b, budget in enumerate(budgets) for x in STRENGTHS]
+        jobs = [(W[b] ** x, taus[b][i].numpy(), budget) for b, budget in enumerate(budgets) for x in strengths]
         rewards = sample.loss_full - roll_out(model, sample, name, jobs)
-        b, a = np.divmod(np.arange(len(jobs)), len(STRENGTHS))
+        b, a = np.divmod(np.arange(len(jobs)), len(strengths))
         bandit.update(b, a, rewards)
         progress.update(len(jobs))
-    strength = np.array(STRENGTHS)[bandit.greedy()]
+    strength = np.array(strengths)[bandit.greedy()]
     return W ** strength[:, None, None], bandit.values()
 
 
@@ -249,7 +249,8 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
     W, T = np.ones((len(budgets), L, H)), np.zeros((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))
     evidence = {"rounds": [], "roll_outs": 0, "head_experiences": 0, "gate_experiences": 0}
-    n_roll_outs = len(budgets) * len(STRENGTHS) * len(decide_on)
+    strengths = ckv.SETTINGS[name].strengths
+    n_roll_outs = len(budgets) * len(strengths) * len(decide_on)
     for round_ in range(rounds):
         start = time.time()
         raw, n = learn_heads(learn_on, name, W, look_up_taus(learn_on, name, T, quantiles), budgets, generator, rng)
@@ -264,12 +265,12 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
         W, T = new_W, new_T
         evidence["rounds"].append({
             "entries_changed": changed, "seconds": round(time.time() - start, 1),
-            "held_out_dnll_by_strength": {str(b): dict(zip(map(str, STRENGTHS), (-r).round(4).tolist()))
+            "held_out_dnll_by_strength": {str(b): dict(zip(map(str, strengths), (-r).round(4).tolist()))
                                           for b, r in zip(budgets, rewards)}})
         say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of T_gate "
             f"changed, {time.time() - start:.0f} s")
         for b, r in zip(budgets, rewards):
-            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(STRENGTHS, r)))
+            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(strengths, r)))
         if not any(changed.values()):
             break
     evidence["gate_states_seen"] = float(seen.mean())

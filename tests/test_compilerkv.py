@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from compilerkv import (MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, OURS, PAPER, POLICIES, SETTINGS, SINKS, Compiled,
                         Settings, Tables, attention_level, by_kv_head, gate, head_score, protect, pyramid_budgets, risk,
                         risk_bin, select, utility, value_norm, write_atomically)
+from helpers import assert_one_line
 from model import KVCache, Observation, UserError
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
@@ -70,13 +71,6 @@ def same(kept, others):
 def as_sets(kept):
     """Kept positions as one set for each layer and KV head, in order."""
     return [set(row.tolist()) for positions in kept for row in positions]
-
-
-def assert_one_line(error, *words):
-    """The message of a UserError is a single line that contains the words."""
-    text = str(error.value)
-    assert text.strip() and len(text.splitlines()) == 1
-    assert all(str(word) in text for word in words), text
 
 
 # ---------------------------------------------------------------------------------------------- stage 1: the utility

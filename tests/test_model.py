@@ -8,7 +8,6 @@ import json
 import math
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from compilerkv import evict
-from model import (CONTROL, QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, Tokenizer, UserError,
-                   byte_alphabet, default_path, load, random_model, rope_frequencies)
+from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, real_tokenizer, write_gguf
+from model import (QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, byte_alphabet, default_path,
+                   load, random_model, rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
@@ -102,13 +102,6 @@ def masked(cache, kept):
 def close(a, b, tolerance=1e-5):
     """True when two of one shape differ nowhere by more than the tolerance (times the largest entry, if above 1)."""
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
-
-
-def assert_one_line(error, *words):
-    """The message of a UserError is a single line that contains the words."""
-    text = str(error.value)
-    assert text.strip() and len(text.splitlines()) == 1
-    assert all(str(word) in text for word in words), text
 
 
 # ------------------------------------------------------------------------------------------- the network, as a whole
@@ -355,10 +348,6 @@ def test_a_prompt_of_one_token_works():
 
 # ------------------------------------------------------------------------------------------------------ weights files
 
-TINY = Config(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, n_ff=24, vocab_size=260, context_length=128,
-              rope_base=5000.0, norm_eps=1e-6)
-
-
 def tiny_llama(seed, tied):
     """A random model of TINY's shape whose norms are random too, so that mixed-up norms show."""
     g = torch.Generator().manual_seed(seed)
@@ -367,54 +356,6 @@ def tiny_llama(seed, tied):
     blocks = [Block(**{**vars(b), "attn_norm": norm(), "ffn_norm": norm()}) for b in base.blocks]
     head = base.embedding if tied else torch.randn(base.embedding.shape, generator=g) / 4
     return Model(TINY, base.embedding, blocks, norm(), head, rope_frequencies(TINY), "tiny")
-
-
-def gguf_tensors(model):
-    """The model's weights under their GGUF names, query and key rows in GGUF's order: i, i + D/2 become neighbours."""
-    def interleave(w, n_head):
-        half = TINY.head_dim // 2
-        order = [h * TINY.head_dim + i + side * half for h in range(n_head) for i in range(half) for side in (0, 1)]
-        return w[order]
-
-    tensors = {"token_embd.weight": model.embedding, "output_norm.weight": model.norm}
-    if model.head is not model.embedding:
-        tensors["output.weight"] = model.head
-    for l, b in enumerate(model.blocks):
-        q, k, v = b.qkv.split((TINY.n_head * TINY.head_dim, TINY.head_dim, TINY.head_dim))
-        gate, up = b.gate_up.chunk(2)
-        for name, w in {"attn_norm": b.attn_norm, "attn_q": interleave(q, TINY.n_head), "attn_k": interleave(k, 1),
-                        "attn_v": v, "attn_output": b.out, "ffn_norm": b.ffn_norm, "ffn_gate": gate, "ffn_up": up,
-                        "ffn_down": b.down}.items():
-            tensors[f"blk.{l}.{name}.weight"] = w
-    return {name: w.numpy() for name, w in tensors.items()}
-
-
-def gguf_meta():
-    """Metadata of the tiny file: 256 byte tokens, 2 merged tokens, 2 control tokens."""
-    tokens = [*byte_alphabet(), "th", "the", "<s>", "</s>"]
-    return {
-        "general.architecture": "llama", "general.name": "tiny", "llama.block_count": 2, "llama.context_length": 128,
-        "llama.embedding_length": 16, "llama.feed_forward_length": 24, "llama.attention.head_count": 2,
-        "llama.attention.head_count_kv": 1, "llama.rope.freq_base": 5000.0,
-        "llama.attention.layer_norm_rms_epsilon": 1e-6, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 258 + [CONTROL] * 2,
-        "tokenizer.ggml.merges": ["t h", "th e"], "tokenizer.ggml.bos_token_id": 258,
-        "tokenizer.ggml.eos_token_id": 259,
-    }
-
-
-def write_gguf(path, tensors, meta):
-    """Write a GGUF file of float32 tensors."""
-    writer = gguf.GGUFWriter(path, meta["general.architecture"])
-    for key, value in meta.items():
-        if key != "general.architecture":  # the writer has put it in already
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for name, w in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(w))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -574,27 +515,13 @@ def test_a_file_cut_anywhere_is_refused_in_one_line(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- the real vocabulary
 
-def why_no_weights():
-    """The message that names the pip command where the weights are missing, else an empty string."""
-    try:
-        default_path()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-needs_weights = pytest.mark.skipif(bool(why_no_weights()), reason=why_no_weights())
 CASES = json.loads((Path(__file__).parent / "tokenizer_cases.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """The real tokenizer, made from the file's metadata alone: no weight is read."""
-    meta = {key: field.contents() for key, field in gguf.GGUFReader(default_path()).fields.items()}
-    prefix = "tokenizer.ggml."
-    return Tokenizer(meta[prefix + "tokens"], meta[prefix + "token_type"], meta[prefix + "pre"],
-                     meta["tokenizer.chat_template"], meta[prefix + "bos_token_id"], meta[prefix + "eos_token_id"],
-                     meta[prefix + "add_bos_token"])
+    return real_tokenizer()
 
 
 @needs_weights
