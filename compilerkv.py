@@ -37,10 +37,11 @@ class Settings:
     strengths: tuple  # exponents of a learned W_head among which real roll-outs decide; (1.0,) = take it as it is
 
 
-PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29)), tau_grid=tuple(np.linspace(0.8, 1.0, 21)), strengths=(1.0,))
+PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
+                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), strengths=(1.0,))
 # Ours: log-spaced actions. W from e^-3 to e^3; tau from "keep all" over the paper's 0.8 to 102 times the mean score.
-OURS = Settings("head", 7, 32, W_grid=tuple(np.exp(np.linspace(-3, 3, 13))),
-                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19))), strengths=(0.0, 0.5, 1.0))
+OURS = Settings("head", 7, 32, W_grid=tuple(np.exp(np.linspace(-3, 3, 13)).tolist()),
+                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19)).tolist()), strengths=(0.0, 0.5, 1.0))
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
 MIN_BUDGET = OURS.window + SINKS
@@ -194,9 +195,9 @@ def select_snapkv(observation, cache, budget, tables):
 
 
 def pyramid_budgets(budget, n_layer, window, beta=20):
-    """PyramidKV's sizes: window + a share that falls linearly with depth, from 2 - 1/beta to 1/beta of the mean; same total."""
+    """PyramidKV's sizes: window + a share falling linearly with depth, from 2 - 1/beta to 1/beta of the mean; same total."""
     share = 1 + (1 - 1 / beta) * np.linspace(1, -1, n_layer) * (n_layer > 1)  # mean 1
-    edges = np.round(np.concatenate(([0], np.cumsum(share) * (budget - window)))).astype(int)  # rounding the sums keeps the total exact
+    edges = np.round(np.concatenate(([0], np.cumsum(share) * (budget - window)))).astype(int)  # rounded sums: exact total
     return (window + np.diff(edges)).tolist()
 
 
@@ -236,7 +237,7 @@ def select(policy, observation, cache, budget, tables=None):
 
 
 def evict(cache, kept):
-    """A new cache of the kept slots only. cache: batch of one as prefill made it (slot t = position t); kept: L x (G, S_l)."""
+    """A new cache of the kept slots only. cache: a batch of one as prefill made it, slot t = position t; kept: L x (G, S_l)."""
     k, v, slots = [], [], []
     for l, positions in enumerate(kept):
         keys, values, _ = cache.layer(l)  # (1, G, T, D)

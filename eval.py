@@ -9,9 +9,9 @@ Reading order: tasks and metrics -> one record -> statistics -> report -> comman
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import platform
 import re
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import compilerkv as ckv
 from model import KVCache, UserError, load
 
+matplotlib.use("Agg")  # pictures go to files; no display is needed
 HERE = Path(__file__).parent
 DEFAULT_DATA, DEFAULT_TABLES = HERE / "data" / "mini_longbench", HERE / "tables" / "smollm2-135m.npz"
 BUDGETS = (64, 128, 256, 512)
@@ -179,7 +181,7 @@ def encode(record, tokenizer):
 
 
 def look_ahead(model, cache, gold):
-    """Attention (L, H, n, T + n) that the n tokens of the right answer pay: an oracle's knowledge. The cache is left as found."""
+    """Attention (L, H, n, T + n) that the n tokens of the right answer pay: an oracle's knowledge. The cache stays as found."""
     before = list(cache.length), cache.next_position
     _, attention, _ = model.forward(torch.tensor([gold], device=model.device), cache, observe=len(gold))
     cache.length, cache.next_position = before
@@ -226,7 +228,7 @@ def run_record(model, record, policies, budgets, tables):
 
 
 def table_effect(observation, cache, budgets, tables):
-    """{(table, budget): share of layers whose kept set changes when that table alone is made neutral}; and "gate set size"."""
+    """{(table, budget): share of layers whose kept set changes when that table alone is made neutral}."""
     out, compiled = {}, tables.compiled["compilerkv"]
     neutral = {"W_head": np.ones_like(compiled.W_head), "T_gate": np.zeros_like(compiled.T_gate)}
     for budget in budgets:
@@ -289,8 +291,8 @@ def label(policy):
 def markdown(summary):
     """The results table and the scores by category, as Markdown."""
     full = next((s["score"] for s in summary if s["policy"] == "full"), None)
-    lines = ["| budget | policy | score | % of full | dNLL [95% interval] | against SnapKV [95%] | worst tenth | kept a layer | KV MB |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| budget | policy | score | % of full | dNLL [95% interval] | against SnapKV [95%] | worst tenth | "
+             "kept a layer | KV MB |", "|" + "---|" * 9]
     for s in summary:
         share = f"{100 * s['score'] / full:.1f}" if full else "-"
         paired = "{:+.3f} [{:+.3f}, {:+.3f}]".format(s["dnll_minus_snapkv"], *s["dnll_minus_snapkv_ci"]) \
@@ -305,10 +307,16 @@ def markdown(summary):
     return "\n".join(lines)
 
 
+def save_figure(figure, path):
+    """Write a figure as PNG in one step, and free it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    ckv.write_atomically(path, buffer.getvalue())
+
+
 def plot(summary, path, n):
     """Quality against budget, one line a policy: dNLL left, share of the full cache's score right."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     full = next((s["score"] for s in summary if s["policy"] == "full"), None)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
     for policy in dict.fromkeys(s["policy"] for s in summary if s["policy"] != "full"):
@@ -334,10 +342,7 @@ def plot(summary, path, n):
     axes[0].legend(fontsize=8)
     figure.suptitle(f"mean over {n} records; bands are 95% bootstrap intervals", fontsize=9)
     figure.tight_layout()
-    with contextlib.closing(__import__("io").BytesIO()) as buffer:
-        figure.savefig(buffer, format="png", dpi=110)
-        ckv.write_atomically(path, buffer.getvalue())
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -353,7 +358,7 @@ def machine():
 def add_model_options(parser):
     """Options that eval.py and train_tables.py share."""
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct of the installed wheel)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the CPU multiplies it natively")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where native")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -412,7 +417,8 @@ def main(argv=None):
     n = len({r["id"] for r in rows})
     meta = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
             "seed": args.seed, "machine": machine(), "records": n, "interrupted": interrupted, "data": args.data.name,
-            "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(), "policies": args.policies, "budgets": args.budgets,
+            "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(), "policies": args.policies,
+            "budgets": args.budgets,
             "window": ckv.OURS.window, "sinks": ckv.SINKS, "seconds": round(time.time() - start, 1),
             "kept_sets_changed": [{"table": t, "budget": b, "share": float(np.mean(v))} for (t, b), v in changed.items()]}
     head = (f"{n} records of {args.data.name}, {meta['model']}, {meta['dtype']}, seed {args.seed}, {meta['machine']['cpu']}, "

@@ -16,13 +16,12 @@ Both readings of the method are compiled: the paper's (model scope, its grids) a
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -48,7 +47,7 @@ class Sample:
     u: dict              # name of a setting -> (L, H, T) utility of Eq. 4
     risk: dict           # name of a setting -> (entropy, perplexity)
     mass: torch.Tensor   # (L, T) share of the continuation's attention, 0 on tokens that are always kept, sum 1 a layer
-    cache: KVCache
+    cache: KVCache       # None for prompts that are never rolled out: caches are what takes memory
     logits: torch.Tensor  # (V,) of the last prompt token
     continuation: list   # token ids
     loss_full: float     # nats a token from the full cache
@@ -78,7 +77,7 @@ def read_prompts(path, limit):
 
 # ------------------------------------------------------------------------------------------------------------- collect
 
-def collect(model, prompt):
+def collect(model, prompt, roll_out):
     """Prefill one prompt, look at what its continuation attends to, and keep what learning needs."""
     tokenizer = model.tokenizer
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
@@ -92,7 +91,7 @@ def collect(model, prompt):
     mass[:, T - ckv.OURS.window:] = 0
     u = {name: ckv.utility(observation, cache, s) for name, s in ckv.SETTINGS.items()}
     risk = {name: ckv.risk(observation, s.window) for name, s in ckv.SETTINGS.items()}
-    return Sample(u, risk, mass / mass.sum(1, keepdim=True), cache, logits, continuation, loss_full)
+    return Sample(u, risk, mass / mass.sum(1, keepdim=True), cache if roll_out else None, logits, continuation, loss_full)
 
 
 # --------------------------------------------------------------------------------------------------------------- learn
@@ -154,7 +153,13 @@ def gate_experience(samples, bins, name, b, budget, W):
     return np.concatenate(states), np.concatenate(actions), np.concatenate([r.ravel() for r in rewards])
 
 
+def risk_bins(samples, name, edges):
+    """The (entropy bin, perplexity bin) of every sample."""
+    return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk[name], edges)) for sample in samples]
+
+
 def gate_state(b, l, e, p, L):
+    """Row of the gate's Q-table."""
     return ((b * L + l) * ckv.N_ENTROPY_BINS + e) * ckv.N_PPL_BINS + p
 
 
@@ -184,7 +189,7 @@ def learn_gate(samples, name, W, edges, budgets, generator):
     """T_gate given W: a Q-table over (budget, layer, bins). Returns T (budgets, L, 20, 4), its visits and the experiences."""
     settings, (_, L, _) = ckv.SETTINGS[name], W.shape
     shape = (len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)
-    bins = [tuple(ckv.risk_bin(x, e) for x, e in zip(s.risk[name], edges)) for s in samples]
+    bins = risk_bins(samples, name, edges)
     learner = ConservativeQ(int(np.prod(shape)), len(settings.tau_grid), lr=LEARNING_RATE)
     count = 0
     for b, budget in enumerate(budgets):
@@ -235,8 +240,7 @@ def choose_strength(model, samples, name, W, taus, budgets, progress):
 
 def look_up_taus(samples, name, T, edges):
     """The gate's threshold for every budget and sample: [budget][sample] -> (L,)."""
-    bins = [tuple(ckv.risk_bin(x, e) for x, e in zip(s.risk[name], edges)) for s in samples]
-    return [[torch.from_numpy(T[b][:, e, p]).float() for e, p in bins] for b in range(len(T))]
+    return [[torch.from_numpy(T_b[:, e, p]).float() for e, p in risk_bins(samples, name, edges)] for T_b in T]
 
 
 def compile_tables(model, samples, name, budgets, rounds, seed, say):
@@ -255,7 +259,7 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
         start = time.time()
         raw, n = learn_heads(learn_on, name, W, look_up_taus(learn_on, name, T, quantiles), budgets, generator, rng)
         evidence["head_experiences"] += n
-        with tqdm(total=n_roll_outs, desc=f"{name}, round {round_ + 1}: roll-outs", unit="roll-out", leave=False) as progress:
+        with tqdm(total=n_roll_outs, desc=f"{name}, round {round_ + 1}", unit="roll-out", leave=False) as progress:
             taus = look_up_taus(decide_on, name, T, quantiles)
             new_W, rewards = choose_strength(model, decide_on, name, raw, taus, budgets, progress)
         evidence["roll_outs"] += n_roll_outs
@@ -267,15 +271,16 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
             "entries_changed": changed, "seconds": round(time.time() - start, 1),
             "held_out_dnll_by_strength": {str(b): dict(zip(map(str, strengths), (-r).round(4).tolist()))
                                           for b, r in zip(budgets, rewards)}})
-        say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of T_gate "
-            f"changed, {time.time() - start:.0f} s")
+        say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of "
+            f"T_gate changed, {time.time() - start:.0f} s")
         for b, r in zip(budgets, rewards):
             say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(strengths, r)))
         if not any(changed.values()):
             break
     evidence["gate_states_seen"] = float(seen.mean())
-    evidence["visits"] = np.histogram2d(*zip(*[[ckv.risk_bin(x, e) for x, e in zip(s.risk[name], quantiles)] for s in learn_on]),
-                                        bins=(range(ckv.N_ENTROPY_BINS + 1), range(ckv.N_PPL_BINS + 1)))[0].astype(int).tolist()
+    visits = np.zeros((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS), dtype=int)  # prompts a gate state, the same in every layer
+    np.add.at(visits, tuple(zip(*risk_bins(learn_on, name, quantiles))), 1)
+    evidence["visits"] = visits.tolist()
     evidence["check"] = check(model, decide_on, name, W, T, quantiles, budgets)
     return ckv.Compiled(W, T, *quantiles), evidence
 
@@ -302,9 +307,6 @@ def check(model, samples, name, W, T, edges, budgets):
 
 def heat_maps(compiled, budgets, stem):
     """W_head (layer x head, one panel a budget) and T_gate (layer x risk bin) as PNG files beside the tables."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     def draw(arrays, name, title, xlabel, limits, color_map):
         figure, axes = plt.subplots(1, len(arrays), figsize=(3.4 * len(arrays) + 1, 6.2), squeeze=False, layout="constrained")
         for axis, array, budget in zip(axes[0], arrays, budgets):
@@ -313,15 +315,13 @@ def heat_maps(compiled, budgets, stem):
         axes[0, 0].set_ylabel("layer")
         figure.suptitle(title)
         figure.colorbar(image, ax=axes[0].tolist(), shrink=0.7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        plt.close(figure)
-        ckv.write_atomically(stem.with_name(f"{stem.name}-{name}.png"), buffer.getvalue())
+        evaluation.save_figure(figure, stem.with_name(f"{stem.name}-{name}.png"))
 
     for name, c in compiled.items():
         logs = np.log2(c.W_head)
         bound = max(float(np.abs(logs).max()), 0.1)
-        draw(logs, f"{name}-W_head", f"{name}: log2 W_head (red: the head counts more)", "query head", (-bound, bound), "RdBu_r")
+        draw(logs, f"{name}-W_head", f"{name}: log2 W_head (red: the head counts more)", "query head", (-bound, bound),
+             "RdBu_r")
         flat = c.T_gate.transpose(0, 1, 3, 2).reshape(*c.T_gate.shape[:2], -1)  # (budgets, L, 20, 4) -> (budgets, L, 4 x 20)
         draw(np.log2(np.maximum(flat, 0.25)), f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, "
              "entropy rises within each)", "risk bin", (-2, float(np.log2(max(flat.max(), 1)))), "viridis")
@@ -360,7 +360,7 @@ def main(argv=None):
     say, samples, out = tqdm.write, [], args.out
     try:
         for prompt in tqdm(prompts, desc="prefill", unit="prompt", dynamic_ncols=True):
-            samples.append(collect(model, prompt))
+            samples.append(collect(model, prompt, roll_out=len(samples) % HOLD_OUT == HOLD_OUT - 1))
     except KeyboardInterrupt:  # learn from what is there, but do not replace the full tables
         if len(samples) < 2 * HOLD_OUT:
             raise
@@ -373,16 +373,17 @@ def main(argv=None):
         describe(name, compiled[name], evidence[name], budgets, say)
     used = prompts[:len(samples)]
     provenance = {
-        "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed, "machine": evaluation.machine(),
-        "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
+        "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed,
+        "machine": evaluation.machine(), "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
         "learner": f"conservative Q-learning, c 0.75, AdamW lr {LEARNING_RATE}", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, provenance).save(out)
     stem = out.with_suffix("")
     ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
     heat_maps(compiled, budgets, stem)
-    print(f"{out.name}: {len(used)} prompts, {sum(e['roll_outs'] for e in evidence.values())} roll-outs, "
-          f"{sum(e['head_experiences'] + e['gate_experiences'] for e in evidence.values())} experiences, {time.time() - start:.0f} s")
+    total = lambda key: sum(e[key] for e in evidence.values())
+    print(f"{out.name}: {len(used)} prompts, {total('roll_outs')} roll-outs, {total('head_experiences')} experiences of heads "
+          f"and {total('gate_experiences')} of the gate, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
