@@ -145,8 +145,8 @@ def read_records(directory, limit=None):
     try:
         prompts, max_new = (json.loads((directory / "config" / f"dataset2{name}.json").read_text(encoding="utf-8"))
                             for name in ("prompt", "maxlen"))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; --data needs LongBench's layout, with data/ and config/") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; --data needs LongBench's layout, data/ and config/") from None
     except ValueError as error:
         raise UserError(f"{directory / 'config'}: not JSON ({error})") from None
     files = sorted((directory / "data").glob("*.jsonl"))
@@ -158,17 +158,17 @@ def read_records(directory, limit=None):
         for n, line in rows[:limit]:
             try:
                 record = json.loads(line)
-                name = record["dataset"]
                 record["_id"], record["answers"], record["input"], record["context"]  # KeyError names what is missing
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
                     raise TypeError("answers must be a list of strings")
+                name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
+                prompt = prompts.get(name, "").format(**record)
             except (ValueError, KeyError, TypeError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 raise UserError(f"{path}, line {n}: malformed record: {what}") from None
-            known = name.removesuffix("_e")  # LongBench-E names its tasks so
-            if known not in TASKS or known not in prompts or not record["answers"]:
-                raise UserError(f"{path}, line {n}: no metric, prompt or gold answer for a record of task {name!r}")
-            records.append({**record, "dataset": known, "prompt": prompts[known].format(**record), "max_new": max_new[known]})
+            if name not in TASKS or not prompt or name not in max_new or not record["answers"]:
+                raise UserError(f"{path}, line {n}: no metric, prompt, answer length or gold answer for task {name!r}")
+            records.append({**record, "dataset": name, "prompt": prompt, "max_new": max_new[name]})
     return records
 
 
@@ -400,6 +400,7 @@ def main(argv=None):
     records = read_records(args.data, args.limit)
     model = load(args.model, args.dtype, args.device)
     tables = ckv.Tables.load(args.tables, model)
+    args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     rows, changed, interrupted = [], collections.defaultdict(list), False
     try:
         for record in tqdm(records, desc="records", unit="record", dynamic_ncols=True):
@@ -440,7 +441,7 @@ def run_command(main):
     """Exit with main's code; what the user can mend becomes one line on standard error and exit code 2."""
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no space, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

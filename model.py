@@ -406,6 +406,10 @@ def load(path=None, dtype=None, device="cpu"):
         raise UserError(f"{path}: no such weights file")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default_dtype()
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {device!r} here ({str(error).splitlines()[0]}); try cpu, cuda or mps") from None
+    try:
         reader = gguf.GGUFReader(path)
         meta = {key: field.contents() for key, field in reader.fields.items()}
         arrays = {t.name: t for t in reader.tensors}

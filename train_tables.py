@@ -82,6 +82,9 @@ def collect(model, prompt, roll_out):
     tokenizer = model.tokenizer
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
     continuation = tokenizer.encode(prompt["continuation"])[:CONTINUATION]
+    if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
+        raise UserError(f"calibration prompt {prompt['id']}: {len(tokens)} tokens are too few to compress; give more than "
+                        f"{ckv.MAX_WINDOW + ckv.SINKS}")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
     needed = evaluation.look_ahead(model, cache, continuation)[..., :len(tokens)].float().amax(2)  # (L, H, n, T) -> (L, H, T)
@@ -358,6 +361,7 @@ def main(argv=None):
     prompts = read_prompts(args.data, 12 if args.quick else None)
     model = load(args.model, args.dtype, args.device)
     say, samples, out = tqdm.write, [], args.out
+    out.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     try:
         for prompt in tqdm(prompts, desc="prefill", unit="prompt", dynamic_ncols=True):
             samples.append(collect(model, prompt, roll_out=len(samples) % HOLD_OUT == HOLD_OUT - 1))

@@ -24,12 +24,7 @@ from model import INSTALL, Config, load, random_model
 torch.set_num_threads(1)
 
 CONFIG = Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_ff=48, vocab_size=260, context_length=512)
-TEMPLATE = "<s>{{ messages[0].content }}\n{% if add_generation_prompt %}> {% endif %}"
-
-
-def letters(rng, n):
-    """A text of n random letters, with spaces."""
-    return "".join(rng.choices("aeinorst ", k=n))
+META = gguf_meta(CONFIG) | {"tokenizer.chat_template": "<s>{{ messages[0].content }}\n> "}
 
 
 def write_lines(path, rows):
@@ -40,8 +35,7 @@ def write_lines(path, rows):
 
 def write_model(path, seed, **changes):
     """A random model of CONFIG's shape as a GGUF file."""
-    meta = gguf_meta(CONFIG) | {"tokenizer.chat_template": TEMPLATE} | changes
-    write_gguf(path, gguf_tensors(random_model(CONFIG, seed)), meta)
+    write_gguf(path, gguf_tensors(random_model(CONFIG, seed)), META | changes)
 
 
 def train(world, out, *more):
@@ -60,6 +54,7 @@ def evaluate(world, out, *more):
 def world(tmp_path_factory):
     """A directory with models, two tasks of two records in LongBench's layout, calibration prompts, compiled tables."""
     root, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    letters = lambda n: "".join(rng.choices("aeinorst ", k=n))
     write_model(root / "tiny.gguf", seed=1)
     write_model(root / "other.gguf", seed=2)
     write_model(root / "mamba.gguf", seed=1, **{"general.architecture": "mamba"})
@@ -69,10 +64,10 @@ def world(tmp_path_factory):
     write_lines(root / "data" / "config" / "dataset2maxlen.json", [max_new])
     for task in prompts:
         write_lines(root / "data" / "data" / f"{task}.jsonl", [
-            {"_id": f"{task}-{i}", "dataset": task, "context": letters(rng, 150 + 50 * i), "input": "what is it?",
+            {"_id": f"{task}-{i}", "dataset": task, "context": letters(150 + 50 * i), "input": "what is it?",
              "answers": [f"red {i}"], "all_classes": None} for i in range(2)])
-    write_lines(root / "calibration.jsonl", [{"id": f"c{i}", "chat": i % 2 == 0, "prompt": letters(rng, 190 + i),
-                                              "continuation": letters(rng, 30)} for i in range(9)])
+    write_lines(root / "calibration.jsonl", [
+        {"id": f"c{i}", "chat": i % 2 == 0, "prompt": letters(190 + i), "continuation": letters(30)} for i in range(9)])
     train(root, root / "t.npz")
     (root / "cut.npz").write_bytes((root / "t.npz").read_bytes()[:-200])
     return root
@@ -89,10 +84,11 @@ def report(world):
 
 def refused(command, world, out, arguments, capsys):
     """The lines on standard error of a command that must exit with code 2 and write nothing."""
-    before = capsys.readouterr() and sorted(world.rglob("*"))
+    before, _ = sorted(world.rglob("*")), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluation.run_command(lambda: command(world, out, *arguments))
-    assert stop.value.code == 2 and not out.exists() and sorted(world.rglob("*")) == before
+    assert stop.value.code == 2 and sorted(world.rglob("*")) == before
+    assert not out.is_file() and not list(out.glob("*"))
     return capsys.readouterr().err.strip().splitlines()
 
 
@@ -103,9 +99,10 @@ def refused(command, world, out, arguments, capsys):
     (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
-    *((command, f"--model={{}}/{file}", word) for command in (train, evaluate) for file, word in (
-        ("none.gguf", "{}/none.gguf"), ("text.gguf", "{}/text.gguf: not a readable GGUF"), ("mamba.gguf", "'mamba'"))),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
+    *((command, *case) for command in (train, evaluate) for case in (
+        ("--model={}/none.gguf", "{}/none.gguf"), ("--model={}/text.gguf", "{}/text.gguf: not a readable GGUF"),
+        ("--model={}/mamba.gguf", "'mamba'"), ("--device=abacus", "abacus"), ("--out={}/tiny.gguf/t.npz", "{}/tiny"))),
 ])
 def test_impossible_options_are_refused_in_one_line(world, tmp_path, capsys, command, argument, word):
     """Guards against a stack trace, a long run that fails at its end, or numbers from tables of another model."""
@@ -134,13 +131,16 @@ def test_calibration_files_that_cannot_be_read_are_refused(world, tmp_path, caps
     assert line.startswith(f"error: {tmp_path}/prompts.jsonl") and word in line
 
 
-def test_prompts_longer_than_the_context_are_refused(world, tmp_path, capsys):
-    """Guards against positions that the model was never trained on, and a report that leaves the long records out."""
+def test_prompts_that_are_too_long_or_too_short_are_refused(world, tmp_path, capsys):
+    """Guards against positions the model was never trained on, reports without the long records, shares of nothing."""
     shutil.copytree(world / "data", tmp_path / "data")
     path = tmp_path / "data" / "data" / "fieldqa.jsonl"
     path.write_text(path.read_text().replace("what is it?", "what is it? " * 40))
     *bar, line = refused(evaluate, world, tmp_path / "out", [f"--data={tmp_path}/data"], capsys)
     assert line.startswith("error: record fieldqa-0: ") and "512" in line and all("records:" in part for part in bar)
+    write_lines(tmp_path / "short.jsonl", [{"id": "tiny", "chat": False, "prompt": "p", "continuation": "c"}] * 9)
+    *bar, line = refused(train, world, tmp_path / "t.npz", [f"--data={tmp_path}/short.jsonl"], capsys)
+    assert line.startswith("error: ") and "tiny" in line and all("prefill:" in part for part in bar)
 
 
 # ----------------------------------------------------------------------------------------------------------- full runs

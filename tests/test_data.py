@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,8 @@ CALIBRATION = read_lines(DATA / "calibration.jsonl")
 
 
 def spans(text):
-    """All stretches of SPAN characters, white space collapsed; Python's import lines are nobody's text."""
-    text = " ".join(re.sub(r"(?m)^(from [\w.]+ )?import [\w, ]+$", "", text).split())
+    """All stretches of SPAN characters, white space collapsed."""
+    text = " ".join(text.split())
     return {text[i:i + SPAN] for i in range(len(text) - SPAN + 1)}
 
 

@@ -215,8 +215,8 @@ def test_read_records_fills_in_prompt_and_length(tmp_path):
     ("{not json", "malformed"), (json.dumps([1, 2]), "malformed"), ("7", "malformed"),
     *((json.dumps({k: v for k, v in GOOD.items() if k != key}), key) for key in GOOD if key != "all_classes"),
     (json.dumps(GOOD | {"answers": "yes"}), "list"), (json.dumps(GOOD | {"answers": [1]}), "strings"),
-    (json.dumps(GOOD | {"answers": []}), "answer"), (json.dumps(GOOD | {"dataset": "gardening"}), "gardening"),
-    (json.dumps(GOOD | {"dataset": "qasper"}), "qasper"),  # has a metric, but no prompt in this directory
+    (json.dumps(GOOD | {"answers": []}), "answer"), (json.dumps(GOOD | {"dataset": 5}), "5"),
+    *((json.dumps(GOOD | {"dataset": name}), name) for name in ("gardening", "qasper")),  # no metric; no prompt here
 ])
 def test_malformed_records_are_named_by_file_and_line(tmp_path, line, word):
     """Guards against a KeyError or a score of 0 from a record that was never right."""
@@ -241,7 +241,7 @@ def test_directories_in_another_layout_are_refused_in_one_line(tmp_path):
     (config / "dataset2maxlen.json").write_text("{")
     refused(config, "JSON")
     (config / "dataset2prompt.json").unlink()
-    refused(config / "dataset2prompt.json", "no such file")
+    refused(config / "dataset2prompt.json", "LongBench's layout")
 
 
 def test_gold_answers_end_as_an_answer_ends():

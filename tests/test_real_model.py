@@ -1,4 +1,4 @@
-"""Tests on the real weights: one answer, the positions that two policies keep of one prompt, and the committed tables."""
+"""Tests on the real weights: one answer, the positions that two policies keep of one prompt, the committed tables."""
 
 import pytest
 import torch
@@ -11,70 +11,48 @@ from model import load
 torch.set_num_threads(1)
 pytestmark = needs_weights
 
-PROMPT = """The lighthouse at Corran Head was lit on 3 May 1874 and is 31 metres high. Its first keeper was Elspeth Rannoch, \
-who came from the fishing village of Tolm with two goats and a barrel organ. She wound the clockwork of the lamp every \
-four hours for twenty-six years and missed a single night, when the ferry that brought her oil sank off the Sgeir rocks. \
-The keeper after her, Magnus Lyle, painted the tower red and white so that pilots could tell it from the church of Tolm. \
-The lamp burns one flash every nine seconds. In 1932 the oil gave way to gas and in 1971 to electricity, and the last \
-keeper, Una Farquhar, left on 30 September 1988. Today a baker rents the house below the tower and sells bread to walkers. \
-A sign at the gate says that the lighthouse at Corran Head is 31 metres high, was lit on 3 May 1874, and shows one flash \
-every nine seconds. A second sign, older and half covered by ivy, gives the name of its first keeper, Elspeth Rannoch from \
-Tolm, and asks visitors not to feed the goats. Children of the village still say that Elspeth Rannoch walks the stairs when \
-the ferry is late.\n\nWho was the first keeper of the lighthouse?"""
-
-# Runs of kept positions of this prompt's 300 tokens, layer -> one line a distinct set; the window, 268-299, is left out.
-# Computed once with this code; noise of 0.03% on every attention probability changes none of them.
-KEPT = {
-    "compilerkv": {
-        0: ["0-3 52 118 127 129 172 208 225 227-228 230-231 239-240 242 246 249 252-253 256-257 259-261 263-267"],
-        14: ["0-3 31-32 75 78-80 173 185 187 190-191 194-200 250-253 255 263-267"],
-        29: ["0-3 92-98 103 132-142 154-160 264-265"]},
-    "snapkv": {
-        0: ["52-55 100-102 115-116 174-175 225-231 238-244 261-267",
-             "222 226 238-267",
-             "225-231 236 240-246 251-267"],
-        14: ["0-3 173-176 185-191 225-231 256-257 260-267",
-             "0-3 26-32 74-80 246-247 249-256 264-267",
-             "0-3 185-191 194-200 247-253 257 262-267"],
-        29: ["0-4 21 24-27 88-90 172-175 192-198 260-267",
-             "0-3 21-27 62 185-186 225-231 257-267",
-             "0-3 92-98 132-142 154-160 264-266"]},
-}
+STORY = """The lighthouse at Corran Head was lit on 3 May 1874 and is 31 metres high. Its first keeper was Elspeth \
+Rannoch, who came from the fishing village of Tolm with two goats and a barrel organ. She wound the clockwork of the \
+lamp every four hours for twenty-six years and missed a single night, when the ferry that brought her oil sank off \
+the Sgeir rocks. The keeper after her, Magnus Lyle, painted the tower red and white so that pilots could tell it from \
+the church of Tolm. In 1932 the oil gave way to gas, and the last keeper, Una Farquhar, left on 30 September 1988."""
+PROMPT = f"{STORY} Once more: {STORY.split(' In 1932')[0]} Who was the first keeper?"
+KEPT = {  # (policy, layer): runs of kept positions; KV heads that keep other ones behind a bar. Written down once.
+    ("compilerkv", 0): "0-3 152-154 157 182 208-210 212 214-215 219 232-239 243-282",
+    ("compilerkv", 14): "0-3 65-71 92 96-98 105 108-110 112-113 116-117 153 156 162 164 246-282",
+    ("compilerkv", 29): "0-3 21 27 95 97 100-106 123-124 126-131 136-142 249-282",
+    ("snapkv", 0): "100-103 152-157 207-213 229-236 244-282 | 194-196 214-220 228-237 239-282"
+                   " | 200-203 207 213-219 224-227 229-230 233-237 239 243-282",
+    ("snapkv", 14): "0-3 65-71 86-87 151-157 161-167 246-282 | 0-3 91-101 105-117 247-282"
+                    " | 0-3 86-92 115-121 151-157 244-282",
+    ("snapkv", 29): "0-3 86-92 116-122 151-157 244-282 | 0-3 21-27 86-92 151-157 244-282"
+                    " | 0-3 92-93 100-106 123-133 136-142 250-282",
+}  # noise of 0.1% on every attention probability changes none of them
 
 
 @pytest.fixture(scope="module")
 def smollm():
+    """SmolLM2-135M-Instruct."""
     return load(dtype="float32")
 
 
-def runs(positions):
-    """Sorted positions before the window as text: '0-3 7 9-11'."""
-    starts = [p for p in positions if p < 268 and p - 1 not in positions]
-    ends = [p for p in positions if p < 268 and (p == 267 or p + 1 not in positions)]
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
-
-
 def test_the_capital_of_france(smollm):
-    """Guards against weights, template or RoPE that are nearly right: the tiny models cannot tell sense from nonsense."""
+    """Guards against weights, template or RoPE that are nearly right; tiny random models cannot tell."""
     logits, cache, _ = smollm.prefill(smollm.tokenizer.chat("What is the capital of France?"), window=8)
-    [answer] = smollm.decode(cache, logits, max_new=12)
-    assert smollm.tokenizer.decode(answer) == "The capital of France is Paris."
+    assert smollm.tokenizer.decode(smollm.decode(cache, logits, 12)[0]) == "The capital of France is Paris."
 
 
 def test_kept_positions_are_those_that_were_written_down(smollm):
     """Guards against a change of a score, pool, tie or RoPE that every property test allows."""
-    tokens = smollm.tokenizer.encode(PROMPT)
-    _, cache, observation = smollm.prefill(tokens, window=64)
-    assert len(tokens) == 300
-    for policy, by_layer in KEPT.items():
-        kept = select(policy, observation, cache, 64, tables=None)
-        for layer, expected in by_layer.items():
-            assert all(row.tolist()[-32:] == list(range(268, 300)) for row in kept[layer])
-            assert list(dict.fromkeys(runs(row.tolist()) for row in kept[layer])) == expected
+    ends = lambda run: (int(run.split("-")[0]), int(run.split("-")[-1]) + 1)
+    numbers = lambda text: [n for run in text.split() for n in range(*ends(run))]
+    _, cache, observation = smollm.prefill(smollm.tokenizer.encode(PROMPT), window=64)
+    for (policy, layer), expected in KEPT.items():
+        kept = select(policy, observation, cache, 64, tables=None)[layer].unique(dim=0)
+        assert sorted(kept.tolist()) == sorted(numbers(text) for text in expected.split(" | "))
 
 
+@pytest.mark.skipif(not DEFAULT_TABLES.exists(), reason="no tables yet: run `python train_tables.py`")
 def test_the_committed_tables_fit_the_model(smollm):
     """Guards against tables that were compiled for other weights or an older layout."""
-    if not DEFAULT_TABLES.exists():
-        pytest.skip("no tables yet: run `python train_tables.py`")
     assert set(Tables.load(DEFAULT_TABLES, smollm).compiled) == set(SETTINGS)
