@@ -116,8 +116,10 @@ class ConservativeQ:
 
     def update(self, states, actions, rewards):
         """Append N experiences to the log; Q is unchanged until `fit`."""
+        with np.errstate(over="ignore"):
+            rewards = np.asarray(rewards, dtype=np.float32)
         refuse_nan(rewards)
-        self.log.append((np.asarray(states), np.asarray(actions), np.asarray(rewards, dtype=np.float32)))
+        self.log.append((np.asarray(states), np.asarray(actions), rewards))
         np.add.at(self.visits, (states, actions), 1)
 
     def loss(self, q, states, actions, rewards):
@@ -128,6 +130,8 @@ class ConservativeQ:
 
     def fit(self, generator):
         """Several epochs over the log, in batches whose states are drawn uniformly; generator: torch.Generator."""
+        if not self.log:
+            return
         states, actions, rewards = (torch.from_numpy(np.concatenate(part)) for part in zip(*self.log))
         # Rare states count as much as frequent ones: an experience is drawn with probability 1 / visits of its state.
         weight = 1.0 / torch.bincount(states, minlength=len(self.q))[states].double()

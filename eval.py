@@ -73,7 +73,7 @@ def lcs(a, b):
 
 def rouge_l(answer, gold, classes):
     """Summary-level ROUGE-L F1: distinct gold words in the union of common subsequences over pairs of sentences."""
-    sentences = lambda text: [s.split() for s in text.split(".") if s.split()]
+    sentences = lambda text: [s.split() or [""] for s in text.split(".") if s]  # a blank sentence is one empty word
     a, g = sentences(answer), sentences(gold)
     found = {s[i] for s in g for t in a for i in lcs(t, s)}
     n_answer, n_gold = len({w for s in a for w in s}), len({w for s in g for w in s})
@@ -141,7 +141,7 @@ def read_records(directory, limit=None):
 
     Each record gains "prompt" (its template filled in) and "max_new". Raises UserError naming file and line.
     """
-    directory, records = Path(directory), []
+    directory, records, ids = Path(directory), [], set()
     try:
         prompts, max_new = (json.loads((directory / "config" / f"dataset2{name}.json").read_text(encoding="utf-8"))
                             for name in ("prompt", "maxlen"))
@@ -158,17 +158,20 @@ def read_records(directory, limit=None):
         for n, line in rows[:limit]:
             try:
                 record = json.loads(line)
-                record["_id"], record["answers"], record["input"], record["context"]  # KeyError names what is missing
+                record["answers"], record["input"], record["context"]  # KeyError names what is missing
+                if not isinstance(record["_id"], str) or record["_id"] in ids:
+                    raise TypeError(f"_id {record['_id']!r} is not a string, or occurs twice")
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
                     raise TypeError("answers must be a list of strings")
                 name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
-                prompt = prompts.get(name, "").format(**record)
-            except (ValueError, KeyError, TypeError) as error:
+                prompt, length = prompts.get(name, "").format(**record), int(max_new.get(name, 0))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 raise UserError(f"{path}, line {n}: malformed record: {what}") from None
-            if name not in TASKS or not prompt or name not in max_new or not record["answers"]:
+            if name not in TASKS or not prompt or length < 1 or not record["answers"]:
                 raise UserError(f"{path}, line {n}: no metric, prompt, answer length or gold answer for task {name!r}")
-            records.append({**record, "dataset": name, "prompt": prompt, "max_new": max_new[name]})
+            ids.add(record["_id"])
+            records.append({**record, "dataset": name, "prompt": prompt, "max_new": length})
     return records
 
 
@@ -178,6 +181,14 @@ def encode(record, tokenizer):
         return tokenizer.chat(record["prompt"]), tokenizer.encode(record["answers"][0]) + sorted(tokenizer.stop)
     space = "" if record["prompt"][-1:].isspace() else " "
     return tokenizer.encode(record["prompt"]), tokenizer.encode(space + record["answers"][0] + "\n")
+
+
+def check_length(record, model):
+    """Raise UserError for a record whose prompt and answer exceed the model's context."""
+    tokens, gold = map(len, encode(record, model.tokenizer))
+    if tokens + max(gold, record["max_new"]) > model.config.context_length:
+        raise UserError(f"record {record['_id']}: {tokens} prompt tokens and up to {record['max_new']} of the answer do not "
+                        f"fit into the model's context of {model.config.context_length}: shorten the record")
 
 
 def look_ahead(model, cache, gold):
@@ -191,10 +202,6 @@ def look_ahead(model, cache, gold):
 def run_record(model, record, policies, budgets, tables):
     """One prefill, then every (policy, budget) from it, decoded in one batch. Returns a list of result rows."""
     tokens, gold = encode(record, model.tokenizer)
-    room = model.config.context_length - record["max_new"]
-    if len(tokens) > room or len(gold) > record["max_new"] + room - len(tokens):
-        raise UserError(f"record {record['_id']}: {len(tokens)} prompt tokens and up to {record['max_new']} of the answer do "
-                        f"not fit into the model's context of {model.config.context_length}: shorten the record")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW, total="h2o" in policies)
     if "hindsight" in policies:
         answer = look_ahead(model, cache, gold)[..., :len(tokens)].float().sum(2)  # (L, H, n, T + n) -> (L, H, T)
@@ -318,7 +325,7 @@ def save_figure(figure, path):
 def plot(summary, path, n):
     """Quality against budget, one line a policy: dNLL left, share of the full cache's score right."""
     full = next((s["score"] for s in summary if s["policy"] == "full"), None)
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     for policy in dict.fromkeys(s["policy"] for s in summary if s["policy"] != "full"):
         points = sorted((s["budget"], s["dnll"], *s["dnll_ci"], s["score"]) for s in summary if s["policy"] == policy)
         budget, dnll, low, high, scores = map(np.array, zip(*points))
@@ -329,7 +336,7 @@ def plot(summary, path, n):
         axes[0].fill_between(budget, low, high, color=line.get_color(), alpha=0.08)
         if full:
             axes[1].plot(budget, 100 * scores / full, **style)
-    axes[0].set(ylabel="dNLL of the gold answer, nats a token (lower is better)", title="What the answer loses")
+    axes[0].set(ylabel="dNLL, nats a token (lower is better)", title="What the gold answer loses")
     axes[0].axhline(0, color="grey", linewidth=0.8)
     axes[1].set(ylabel="score, % of the full cache", title="What the score keeps")
     axes[1].axhline(100, color="grey", linewidth=0.8)
@@ -339,9 +346,9 @@ def plot(summary, path, n):
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.set_xlabel("budget: tokens kept a layer")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
     figure.suptitle(f"mean over {n} records; bands are 95% bootstrap intervals", fontsize=9)
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
     save_figure(figure, path)
 
 
@@ -355,12 +362,19 @@ def machine():
             "numpy": np.__version__}
 
 
+def seed_number(text):
+    """A seed that every generator here takes. Raises UserError for any other."""
+    if not text.isdecimal() or int(text) >= 2 ** 32:
+        raise UserError(f"--seed takes a whole number from 0 to {2 ** 32 - 1}, not {text!r}")
+    return int(text)
+
+
 def add_model_options(parser):
     """Options that eval.py and train_tables.py share."""
     parser.add_argument("--model", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct of the installed wheel)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where native")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
 
 
 def parse(argv):
@@ -374,7 +388,7 @@ def parse(argv):
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
     parser.add_argument("--out", type=Path, help="a directory (default: results, or results/quick with --quick)")
     args = parser.parse_args(argv)
-    args.policies = [p.strip() for p in args.policies.split(",") if p.strip()]
+    args.policies = list(dict.fromkeys(p.strip() for p in args.policies.split(",") if p.strip()))
     try:
         args.budgets = sorted({int(b) for b in args.budgets.split(",")})
     except ValueError:
@@ -400,6 +414,8 @@ def main(argv=None):
     records = read_records(args.data, args.limit)
     model = load(args.model, args.dtype, args.device)
     tables = ckv.Tables.load(args.tables, model)
+    for record in records:
+        check_length(record, model)
     args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     rows, changed, interrupted = [], collections.defaultdict(list), False
     try:

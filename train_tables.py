@@ -57,8 +57,9 @@ def read_prompts(path, limit):
     """Calibration prompts from JSON lines. Raises UserError naming file and line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --data needs the calibration corpus") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {reason}; --data needs the calibration corpus, as JSON lines") from None
     prompts = []
     for n, line in enumerate(lines, 1):
         if line.strip():
@@ -66,8 +67,9 @@ def read_prompts(path, limit):
                 row = json.loads(line)
                 if not all(isinstance(row[key], str) and row[key] for key in ("id", "prompt", "continuation")):
                     raise TypeError("id, prompt and continuation must be non-empty strings")
-                row["chat"]  # KeyError if it is missing
-            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(row["chat"], bool):
+                    raise TypeError("chat must be true or false")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {n}: malformed prompt: {error}") from None
             prompts.append(row)
     if len(prompts) < HOLD_OUT:
@@ -326,8 +328,9 @@ def heat_maps(compiled, budgets, stem):
         draw(logs, f"{name}-W_head", f"{name}: log2 W_head (red: the head counts more)", "query head", (-bound, bound),
              "RdBu_r")
         flat = c.T_gate.transpose(0, 1, 3, 2).reshape(*c.T_gate.shape[:2], -1)  # (budgets, L, 20, 4) -> (budgets, L, 4 x 20)
-        draw(np.log2(np.maximum(flat, 0.25)), f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, "
-             "entropy rises within each)", "risk bin", (-2, float(np.log2(max(flat.max(), 1)))), "viridis")
+        logs = np.log2(np.maximum(flat, 0.25))  # tau = 0, keep all, is drawn as 0.25
+        draw(logs, f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, entropy rises within each)",
+             "risk bin", (float(logs.min()), float(logs.max())), "viridis")
 
 
 def describe(name, compiled, evidence, budgets, say):

@@ -17,7 +17,7 @@ import torch
 
 import eval as evaluation
 import train_tables
-from compilerkv import MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, POLICIES, SETTINGS, Tables
+from compilerkv import MIN_BUDGET, POLICIES, Tables
 from helpers import gguf_meta, gguf_tensors, write_gguf
 from model import INSTALL, Config, load, random_model
 
@@ -82,13 +82,18 @@ def report(world):
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
+def exit_code(command, *arguments):
+    """What a command leaves to the shell."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.run_command(lambda: command(*arguments))
+    return stop.value.code
+
+
 def refused(command, world, out, arguments, capsys):
     """The lines on standard error of a command that must exit with code 2 and write nothing."""
     before, _ = sorted(world.rglob("*")), capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        evaluation.run_command(lambda: command(world, out, *arguments))
-    assert stop.value.code == 2 and sorted(world.rglob("*")) == before
-    assert not out.is_file() and not list(out.glob("*"))
+    assert exit_code(command, world, out, *arguments) == 2
+    assert not out.is_file() and not list(out.glob("*")) and sorted(world.rglob("*")) == before
     return capsys.readouterr().err.strip().splitlines()
 
 
@@ -147,11 +152,8 @@ def test_prompts_that_are_too_long_or_too_short_are_refused(world, tmp_path, cap
 
 def test_training_leaves_tables_their_provenance_and_pictures(world):
     """Guards against tables that nobody can trace back to prompts and settings."""
-    loaded = Tables.load(world / "t.npz", load(world / "tiny.gguf", "float32"))
-    assert loaded.budgets.tolist() == [128] and set(loaded.compiled) == set(SETTINGS)
-    for compiled in loaded.compiled.values():
-        assert compiled.W_head.shape == (1, 2, 4) and (compiled.W_head > 0).all()
-        assert compiled.T_gate.shape == (1, 2, N_ENTROPY_BINS, N_PPL_BINS) and (compiled.T_gate >= 0).all()
+    loaded = Tables.load(world / "t.npz", load(world / "tiny.gguf", "float32"))  # checks names, shapes and numbers
+    assert loaded.budgets.tolist() == [128] and all((c.W_head > 0).all() for c in loaded.compiled.values())
     provenance = json.loads((world / "t.json").read_text())
     assert provenance == loaded.provenance and list(provenance["prompts"]) == [f"c{i}" for i in range(9)]
     assert [provenance[key] for key in ("model", "dtype", "seed")] == ["tiny", "float32", 0]
@@ -203,7 +205,7 @@ def interrupt(monkeypatch, module, name, n):
 def test_an_interrupted_evaluation_reports_what_is_finished(world, report, tmp_path, monkeypatch, capsys):
     """Guards against hours of evaluation lost to Ctrl-C, and against a partial report that does not say so."""
     interrupt(monkeypatch, evaluation, "run_record", 3)
-    assert evaluate(world, tmp_path / "out") == 130
+    assert exit_code(evaluate, world, tmp_path / "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: 2 of 4 records are in the report"
     partial = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert partial["meta"]["interrupted"] and partial["meta"]["records"] == 2
@@ -213,7 +215,7 @@ def test_an_interrupted_evaluation_reports_what_is_finished(world, report, tmp_p
 def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monkeypatch, capsys):
     """Guards against tables of a few prompts under the name of the full ones."""
     interrupt(monkeypatch, train_tables, "collect", 8)
-    train(world, tmp_path / "t.npz")
+    assert not exit_code(train, world, tmp_path / "t.npz")
     assert "t.partial.npz from 7 prompts" in capsys.readouterr().err
     assert (tmp_path / "t.partial.npz").exists() and not (tmp_path / "t.npz").exists()
 
@@ -221,10 +223,8 @@ def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monke
 def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, monkeypatch):
     """Guards against results cut in half by a full disk, and against litter beside them."""
     shutil.copytree(world / "results", tmp_path / "results")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    content = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    before = content()
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no space left on device")))
-    for command, out in ((evaluate, "results"), (train, "t.npz")):
-        with pytest.raises(OSError):
-            command(world, tmp_path / out)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    assert exit_code(evaluate, world, tmp_path / "results") == exit_code(train, world, tmp_path / "t.npz") == 2
+    assert content() == before and [path.name for path in tmp_path.iterdir()] == ["results"]

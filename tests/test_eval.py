@@ -203,7 +203,7 @@ def write_data(directory, lines, prompts={"fieldqa": "{context} / {input}"}, max
 def test_read_records_fills_in_prompt_and_length(tmp_path):
     """Guards against blank lines that end a file, a limit on all files together, and LongBench-E's task names."""
     second = GOOD | {"_id": "x-1", "dataset": "fieldqa_e", "input": "{context}"}
-    write_data(tmp_path, [json.dumps(GOOD), "", json.dumps(second), json.dumps(GOOD)])
+    write_data(tmp_path, [json.dumps(GOOD), "", json.dumps(second), json.dumps(GOOD | {"_id": "x-2"})])
     (tmp_path / "data" / "another.jsonl").write_text(json.dumps(GOOD | {"_id": "y-0"}))
     records = read_records(tmp_path, limit=2)
     assert [r["_id"] for r in records] == ["y-0", "x-0", "x-1"] and len(read_records(tmp_path)) == 4
@@ -214,13 +214,14 @@ def test_read_records_fills_in_prompt_and_length(tmp_path):
 @pytest.mark.parametrize("line, word", [
     ("{not json", "malformed"), (json.dumps([1, 2]), "malformed"), ("7", "malformed"),
     *((json.dumps({k: v for k, v in GOOD.items() if k != key}), key) for key in GOOD if key != "all_classes"),
+    (json.dumps(GOOD | {"_id": "first"}), "twice"), (json.dumps(GOOD | {"_id": ["x"]}), "string"),
     (json.dumps(GOOD | {"answers": "yes"}), "list"), (json.dumps(GOOD | {"answers": [1]}), "strings"),
     (json.dumps(GOOD | {"answers": []}), "answer"), (json.dumps(GOOD | {"dataset": 5}), "5"),
     *((json.dumps(GOOD | {"dataset": name}), name) for name in ("gardening", "qasper")),  # no metric; no prompt here
 ])
 def test_malformed_records_are_named_by_file_and_line(tmp_path, line, word):
     """Guards against a KeyError or a score of 0 from a record that was never right."""
-    write_data(tmp_path, [json.dumps(GOOD), "", line])
+    write_data(tmp_path, [json.dumps(GOOD | {"_id": "first"}), "", line])
     with pytest.raises(UserError) as error:
         read_records(tmp_path)
     assert_one_line(error, tmp_path / "data" / "some.jsonl", "line 3", word)

@@ -56,3 +56,13 @@ def test_kept_positions_are_those_that_were_written_down(smollm):
 def test_the_committed_tables_fit_the_model(smollm):
     """Guards against tables that were compiled for other weights or an older layout."""
     assert set(Tables.load(DEFAULT_TABLES, smollm).compiled) == set(SETTINGS)
+
+
+@pytest.mark.skipif(not DEFAULT_TABLES.exists(), reason="no tables yet: run `python train_tables.py`")
+def test_the_example_of_the_readme_runs(capsys, monkeypatch):
+    """Guards against a README whose own ten lines no longer run."""
+    root = DEFAULT_TABLES.parent.parent
+    monkeypatch.chdir(root)
+    example = (root / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert "bytes of cache ->" in capsys.readouterr().out
