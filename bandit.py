@@ -27,9 +27,7 @@ class EpsilonGreedy:
 
     def choose(self, states, generator):
         """Actions (N,) for states (N,); generator: numpy.random.Generator."""
-        states = np.asarray(states)
-        explore = generator.random(len(states)) < self.epsilon
-        return np.where(explore, generator.integers(self.visits.shape[1], size=len(states)), self.greedy()[states])
+        return explore_or_exploit(self, states, generator)
 
     def update(self, states, actions, rewards):
         """Add N experiences; the order does not matter."""
@@ -110,9 +108,7 @@ class ConservativeQ:
 
     def choose(self, states, generator):
         """Epsilon-greedy on Q: the log needs more than one action a state."""
-        states = np.asarray(states)
-        explore = generator.random(len(states)) < self.epsilon
-        return np.where(explore, generator.integers(self.q.shape[1], size=len(states)), self.greedy()[states])
+        return explore_or_exploit(self, states, generator)
 
     def update(self, states, actions, rewards):
         """Append N experiences to the log; Q is unchanged until `fit`."""
@@ -153,6 +149,13 @@ class ConservativeQ:
     def greedy(self):
         """argmax_a Q(s,a) of each state; the default where nothing was logged."""
         return np.where(self.visits.any(1), self.values().argmax(1), self.default)
+
+
+def explore_or_exploit(bandit, states, generator):
+    """The greedy action of each state, or with probability epsilon any action: (N,) -> (N,)."""
+    states = np.asarray(states)
+    explore = generator.random(len(states)) < bandit.epsilon
+    return np.where(explore, generator.integers(bandit.visits.shape[1], size=len(states)), bandit.greedy()[states])
 
 
 def refuse_nan(rewards):

@@ -129,6 +129,11 @@ def gate(s, tau, budget):
     return [top(row, min(n, budget)) for row, n in zip(s, n_candidates)]
 
 
+def kept_tokens(u, W, tau, budget, window):
+    """Stages 2 and 3 for every layer: utility (L, H, T), W (L, H), tau (L,) -> L sorted position tensors (S_l,)."""
+    return gate(protect(head_score(u, W), budget, window), tau, budget)
+
+
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     """CompilerKV, end to end: two table look-ups and a clamp. Without tables W = 1 and tau = 0."""
     settings, L, H = SETTINGS[name], *observation.attention.shape[:2]
@@ -136,8 +141,8 @@ def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     W, tau = torch.ones(L, H), torch.zeros(L)
     if tables is not None:
         W, tau = tables.look_up(name, budget, entropy, perplexity)
-    s = head_score(utility(observation, cache, settings), W.to(cache.k[0].device))  # (L, T)
-    kept = gate(protect(s, budget, settings.window), tau.to(s.device), budget)
+    u = utility(observation, cache, settings)  # (L, H, T)
+    kept = kept_tokens(u, W.to(u.device), tau.to(u.device), budget, settings.window)
     G = cache.k[0].shape[1]
     return [positions.expand(G, -1) for positions in kept]  # one set a layer, shared by its KV heads: (G, S_l)
 

@@ -193,9 +193,9 @@ def check_length(record, model):
 
 def look_ahead(model, cache, gold):
     """Attention (L, H, n, T + n) that the n tokens of the right answer pay: an oracle's knowledge. The cache stays as found."""
-    before = list(cache.length), cache.next_position
+    before = cache.mark()
     _, attention, _ = model.forward(torch.tensor([gold], device=model.device), cache, observe=len(gold))
-    cache.length, cache.next_position = before
+    cache.rewind(before)
     return attention
 
 

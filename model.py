@@ -99,6 +99,14 @@ class KVCache:
         self.slots[l][:, :, start:end] = positions[:, None]  # (B, n) -> (B, G, n)
         self.length[l] = end
 
+    def mark(self):
+        """How far the cache is filled, for `rewind`."""
+        return list(self.length), self.next_position
+
+    def rewind(self, mark):
+        """Forget what was appended since `mark`."""
+        self.length, self.next_position = mark
+
     def kept(self):
         """Slots that hold a token, counted over layers and KV heads, one number a row: (B,)."""
         return sum((self.layer(l)[2] >= 0).sum((1, 2)) for l in range(len(self.k)))
@@ -272,13 +280,13 @@ class Model:
         The cache is handed back as it was found.
         """
         B, ids = len(cache.next_position), torch.tensor(continuation, device=self.device)  # (n,)
-        before = list(cache.length), cache.next_position
+        before = cache.mark()
         losses = F.cross_entropy(logits[None], ids[:1]).expand(B)  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
             scores = self.logits(hidden).transpose(1, 2)  # (B, n - 1, V) -> (B, V, n - 1)
             losses = losses + F.cross_entropy(scores, ids[1:].expand(B, -1), reduction="none").sum(1)
-        cache.length, cache.next_position = before
+        cache.rewind(before)
         return losses / len(ids)
 
     def decode(self, cache, logits, max_new, stop=None):

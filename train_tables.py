@@ -220,8 +220,8 @@ def roll_out(model, sample, name, settings_of):
     """Loss, nats a token, of the continuation from one compressed cache for each (W (L, H), tau (L,), budget): (N,)."""
     caches, G = [], model.config.n_kv_head
     for W, tau, budget in settings_of:
-        s = ckv.head_score(sample.u[name], torch.from_numpy(W).float())  # (L, T)
-        kept = ckv.gate(ckv.protect(s, budget, ckv.SETTINGS[name].window), torch.from_numpy(tau).float(), budget)
+        kept = ckv.kept_tokens(sample.u[name], torch.from_numpy(W).float(), torch.from_numpy(tau).float(), budget,
+                               ckv.SETTINGS[name].window)
         caches.append(ckv.evict(sample.cache, [k.expand(G, -1) for k in kept]))
     return model.nll(KVCache.stack(caches), sample.logits, sample.continuation).numpy()
 
@@ -299,8 +299,8 @@ def check(model, samples, name, W, T, edges, budgets):
             tau = taus[b][i].numpy()
             losses.append(roll_out(model, sample, name, [(np.ones_like(W[b]), 0 * tau, budget), (W[b], 0 * tau, budget),
                                                          (W[b], tau, budget)]) - sample.loss_full)
-            s = ckv.head_score(sample.u[name], torch.from_numpy(W[b]).float())
-            sizes += [len(k) for k in ckv.gate(ckv.protect(s, budget, ckv.SETTINGS[name].window), taus[b][i], budget)]
+            sizes += map(len, ckv.kept_tokens(sample.u[name], torch.from_numpy(W[b]).float(), taus[b][i], budget,
+                                              ckv.SETTINGS[name].window))
         mean = np.mean(losses, 0).round(4).tolist()
         rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
                              "kept_mean": round(float(np.mean(sizes)), 1),
