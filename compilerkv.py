@@ -54,8 +54,8 @@ def attention_level(observation, window, scope, kernel=1):
 
     (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1.
     """
-    A = observation.attention[:, :, -window:].float()
-    alpha = observation.n_tokens * A.mean(2)  # (L, H, w, T) -> (L, H, T)
+    received = torch.stack([A[:, -window:].float().mean(1) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
+    alpha = observation.n_tokens * received
     if scope == "model":
         alpha = alpha.mean((0, 1), keepdim=True)  # -> (1, 1, T)
     elif scope == "layer":

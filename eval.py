@@ -1,10 +1,11 @@
-"""Evaluate every policy at every budget on the mini-LongBench: `python eval.py`.
+"""Evaluate every policy at every budget: `python eval.py` (a sample, 20 minutes), `--full` (all records, an hour).
 
-Each record is prefilled once; every policy then evicts from that same cache, and all of them decode side by side. Two
-measures: the task's own score (LongBench's metrics, 0 to 100) of the greedy answer, and dNLL, the mean negative
+Records that share a context share its prefill. Each is judged under two protocols that are never mixed:
+    query-aware     the whole prompt, question included, is prefilled, then compressed (the question is in the window)
+    query-agnostic  the context is compressed before the question is known; the question then passes through what is left
+Two measures: the task's own score (LongBench's metrics, 0 to 100) of the greedy answer, and dNLL, the mean negative
 log-likelihood of the gold answer under the compressed cache minus that under the full one, in nats a token (0 = nothing
-lost). The first answer token comes from the prefill, as in use, so compression touches the tokens after it.
-Reading order: tasks and metrics -> one record -> statistics -> report -> command line.
+lost). Reading order: metrics and tasks -> records -> one context -> the run -> statistics -> report -> pictures -> command.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import os
 import platform
 import re
 import string
@@ -32,8 +35,13 @@ from model import KVCache, UserError, load
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 HERE = Path(__file__).parent
 DEFAULT_DATA, DEFAULT_TABLES = HERE / "data" / "mini_longbench", HERE / "tables" / "smollm2-135m.npz"
-BUDGETS = (64, 128, 256, 512)
-RESAMPLES = 10000  # bootstrap resamples of the records behind every interval
+BUDGETS = (64, 128, 512)
+PROTOCOLS = ("query-aware", "query-agnostic")
+SAMPLE = 16            # records a task without --full: a multiple of the records that share a context
+RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interval
+PROMPT_SHARE = 7500 / 8192  # of the model's context: longer prompts lose their middle, as LongBench cuts for 8k models
+GOLD = 64              # tokens of the gold answer whose loss is measured, at most
+RIGHT = 50             # a score from which an answer counts as right when failures are counted
 
 
 # ------------------------------------------------------------------------------------------------- LongBench's metrics
@@ -82,7 +90,10 @@ def rouge_l(answer, gold, classes):
 
 def classification(answer, gold, classes):
     """1 / number of class names in the answer if the right one is among them (parts of the right name do not count)."""
-    named = [c for c in classes or [gold] if c in answer and not (c in gold and c != gold)]
+    named = [c for c in classes or [gold] if c in answer]
+    for c in named:  # LongBench shortens the list while it walks it, so the name after a dropped one stays; so do we
+        if c in gold and c != gold:
+            named.remove(c)
     return 1 / len(named) if gold in named else 0.0
 
 
@@ -92,54 +103,87 @@ def number_share(answer, gold, classes):
     return numbers.count(right.group()) / len(numbers) if numbers and right else 0.0
 
 
+def is_code(line):
+    """Whether LongBench takes the line for code: no fence and no comment."""
+    return not any(mark in line for mark in ("`", "#", "//"))
+
+
 def edit_similarity(answer, gold, classes):
-    """Of the first line that is code: 2 common / total characters, the ratio of insertions and deletions."""
-    lines = [x for x in answer.lstrip("\n").split("\n") if not any(mark in x for mark in ("`", "#", "//"))]
-    line = lines[0] if lines else ""
-    return 2 * len(lcs(line, gold)) / (len(line) + len(gold)) if line and gold else 0.0
+    """Of the first line that is code: 2 common / total characters, to a whole per cent as the reference rounds it."""
+    line = next(filter(is_code, answer.lstrip("\n").split("\n")), "")
+    ratio = 2 * len(lcs(line, gold)) / (len(line) + len(gold)) if line and gold else float(line == gold)
+    return round(100 * ratio) / 100
+
+
+def all_found(answer, gold, classes):
+    """Share of the gold strings, separated by commas, that stand in the answer: RULER's score."""
+    parts = gold.split(", ")
+    return sum(part in answer for part in parts) / len(parts)
+
+
+def line_written(text):
+    """Whether the first line of an answer is complete: what follows does not count where a task scores one line."""
+    return "\n" in text.lstrip("\n")
+
+
+def code_written(text):
+    """Whether the first line that is code is complete."""
+    return any(map(is_code, text.lstrip("\n").split("\n")[:-1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     category: str
-    metric: object            # (answer, gold, classes) -> 0..1
-    chat: bool = True         # inside the model's chat template, or as plain text
-    first_line: bool = False  # only the first line of the answer counts
+    metric: object         # (answer, gold, classes) -> 0..1
+    chat: bool = True      # inside the model's chat template, or as plain text
+    ended: object = None   # text -> whether the rest of the answer cannot count; None: until the model ends its turn
+    lead: str = " "        # what stands between a plain prompt and its answer
+    one_line: bool = False  # a line break ends the answer and may not begin it, as LongBench generates samsum
 
 
+def plain(category, metric, ended=line_written, **more):
+    """A task without chat template."""
+    return Task(category, metric, chat=False, ended=ended, **more)
+
+
+SINGLE, MULTI, SUMMARY, FEW, SYNTHETIC, CODE = ("single-document QA", "multi-document QA", "summarisation", "few-shot",
+                                                "synthetic", "code")
 TASKS = {
     # the mini-LongBench of this project
-    "fieldqa": Task("single-document QA", token_f1, chat=False, first_line=True),
-    "hopqa": Task("multi-document QA", token_f1, chat=False, first_line=True),
-    "digest": Task("summarisation", rouge_l, chat=False, first_line=True),
-    "qtype": Task("few-shot", classification, chat=False, first_line=True),
-    "codes": Task("synthetic", number_share), "repo": Task("code", edit_similarity, chat=False),
+    "fieldqa": plain(SINGLE, token_f1), "reportqa": plain(SINGLE, token_f1), "hopqa": plain(MULTI, token_f1),
+    "kinqa": plain(MULTI, token_f1), "reports": plain(SUMMARY, rouge_l), "news": plain(SUMMARY, rouge_l),
+    "qtype": plain(FEW, classification), "chats": plain(FEW, rouge_l), "count": plain(SYNTHETIC, number_share),
+    "which": Task(SYNTHETIC, number_share), "lines": plain(CODE, edit_similarity, code_written, lead="\n"),
+    "repo": plain(CODE, edit_similarity, code_written, lead="\n"),
+    # needles, and tasks in the style of RULER
+    "needle": Task("needle", all_found), "multikey": Task("multi-key", all_found),
+    "multivalue": Task("multi-value", all_found), "tracking": plain("variable tracking", all_found),
     # LongBench's English tasks
-    **{name: Task("single-document QA", token_f1) for name in ("narrativeqa", "qasper", "multifieldqa_en")},
-    **{name: Task("multi-document QA", token_f1) for name in ("hotpotqa", "2wikimqa", "musique")},
-    **{name: Task("summarisation", rouge_l) for name in ("gov_report", "qmsum", "multi_news")},
-    "trec": Task("few-shot", classification, chat=False, first_line=True),
-    "triviaqa": Task("few-shot", token_f1, chat=False, first_line=True),
-    "samsum": Task("few-shot", rouge_l, chat=False, first_line=True),
-    "passage_count": Task("synthetic", number_share), "passage_retrieval_en": Task("synthetic", number_share),
-    "lcc": Task("code", edit_similarity, chat=False), "repobench-p": Task("code", edit_similarity, chat=False),
+    **{name: Task(SINGLE, token_f1) for name in ("narrativeqa", "qasper", "multifieldqa_en")},
+    **{name: Task(MULTI, token_f1) for name in ("hotpotqa", "2wikimqa", "musique")},
+    **{name: Task(SUMMARY, rouge_l) for name in ("gov_report", "qmsum", "multi_news")},
+    "trec": plain(FEW, classification), "triviaqa": plain(FEW, token_f1), "samsum": plain(FEW, rouge_l, one_line=True),
+    "passage_count": Task(SYNTHETIC, number_share), "passage_retrieval_en": Task(SYNTHETIC, number_share),
+    "lcc": plain(CODE, edit_similarity, code_written), "repobench-p": plain(CODE, edit_similarity, code_written),
 }
+CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")  # of LongBench, not judged here
 
 
 def score(record, answer):
     """The task's metric, best over the gold answers, in 0..100."""
     task = TASKS[record["dataset"]]
-    if task.first_line:
+    if task.ended is line_written:
         answer = answer.lstrip("\n").split("\n")[0]
     return 100 * max(task.metric(answer, gold, record.get("all_classes")) for gold in record["answers"])
 
 
 # ------------------------------------------------------------------------------------------------------------- records
 
-def read_records(directory, limit=None):
+def read_records(directory, limit=None, tasks=None):
     """LongBench's layout: data/*.jsonl, config/dataset2prompt.json, config/dataset2maxlen.json -> list of records.
 
-    Each record gains "prompt" (its template filled in) and "max_new". Raises UserError naming file and line.
+    limit: records a file; tasks: names of the only tasks to read. Each record gains "before" (its prompt up to the end
+    of the context), "question" (the rest) and "max_new". Raises UserError naming file and line.
     """
     directory, records, ids = Path(directory), [], set()
     try:
@@ -149,10 +193,15 @@ def read_records(directory, limit=None):
         raise UserError(f"{error.filename}: {error.strerror}; --data needs LongBench's layout, data/ and config/") from None
     except ValueError as error:
         raise UserError(f"{directory / 'config'}: not JSON ({error})") from None
-    files = sorted((directory / "data").glob("*.jsonl"))
+    files = {path.stem: path for path in sorted((directory / "data").glob("*.jsonl"))}
+    for name in tasks or ():
+        if name in CHINESE or name not in files:
+            reason = "Chinese tasks are not judged here" if name in CHINESE else f"no {name}.jsonl in {directory / 'data'}"
+            raise UserError(f"--tasks {name}: {reason}; there are {', '.join(n for n in files if n not in CHINESE)}")
+    files = {name: path for name, path in files.items() if name in (tasks or files) and name not in CHINESE}
     if not files:
-        raise UserError(f"{directory / 'data'}: no .jsonl files here")
-    for path in files:
+        raise UserError(f"{directory / 'data'}: no .jsonl files of English tasks here")
+    for path in files.values():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
         for n, line in rows[:limit]:
@@ -164,31 +213,54 @@ def read_records(directory, limit=None):
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
                     raise TypeError("answers must be a list of strings")
                 name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
-                prompt, length = prompts.get(name, "").format(**record), int(max_new.get(name, 0))
+                before, mark, after = prompts.get(name, "").partition("{context}")
+                before, question = (before + mark).format(**record), after.format(**record)
+                length = int(max_new.get(name, 0))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 raise UserError(f"{path}, line {n}: malformed record: {what}") from None
-            if name not in TASKS or not prompt or length < 1 or not record["answers"]:
-                raise UserError(f"{path}, line {n}: no metric, prompt, answer length or gold answer for task {name!r}")
+            if name not in TASKS or not mark or length < 1 or not record["answers"]:
+                raise UserError(f"{path}, line {n}: no metric, prompt with {{context}}, answer length or gold answer for "
+                                f"task {name!r}")
             ids.add(record["_id"])
-            records.append({**record, "dataset": name, "prompt": prompt, "max_new": length})
+            records.append({**record, "dataset": name, "before": before, "question": question, "max_new": length})
     return records
 
 
-def encode(record, tokenizer):
-    """Token ids of a record's prompt, and of its gold answer with the token that ends it."""
-    if TASKS[record["dataset"]].chat:
-        return tokenizer.chat(record["prompt"]), tokenizer.encode(record["answers"][0]) + sorted(tokenizer.stop)
-    space = "" if record["prompt"][-1:].isspace() else " "
-    return tokenizer.encode(record["prompt"]), tokenizer.encode(space + record["answers"][0] + "\n")
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids of one record: tokens[:n_context] do not depend on the question; gold ends with what ends an answer."""
+    tokens: list
+    n_context: int
+    gold: list
+    cut: bool = False  # the middle was cut out
 
 
-def check_length(record, model):
-    """Raise UserError for a record whose prompt and answer exceed the model's context."""
-    tokens, gold = map(len, encode(record, model.tokenizer))
-    if tokens + max(gold, record["max_new"]) > model.config.context_length:
-        raise UserError(f"record {record['_id']}: {tokens} prompt tokens and up to {record['max_new']} of the answer do not "
-                        f"fit into the model's context of {model.config.context_length}: shorten the record")
+def encode(record, model):
+    """A record's Prompt. One longer than the context loses its middle as in LongBench; UserError if it still is."""
+    task, tokenizer = TASKS[record["dataset"]], model.tokenizer
+    text, question = record["before"] + record["question"], record["question"]
+    ids, limit = tokenizer.encode(text), int(PROMPT_SHARE * model.config.context_length)
+    if len(ids) > limit:
+        text = tokenizer.decode(ids[:limit // 2]) + tokenizer.decode(ids[-(limit // 2):])
+        question = os.path.commonprefix([question[::-1], text[::-1]])[::-1]  # of a question cut too, what is left
+    wrap = tokenizer.chat if task.chat else tokenizer.encode
+    tokens, unasked = wrap(text), wrap(text[:len(text) - len(question)])
+    n_context = min(len(os.path.commonprefix([tokens, unasked])), len(tokens) - 1)
+    if task.chat:
+        gold = tokenizer.encode(record["answers"][0]) + sorted(tokenizer.stop)
+    else:
+        gold = tokenizer.encode(("" if text[-1:].isspace() else task.lead) + record["answers"][0] + "\n")
+    longest = max(GOLD, record["max_new"])
+    if len(tokens) + longest > model.config.context_length:
+        raise UserError(f"record {record['_id']}: {len(tokens)} prompt tokens and up to {longest} of the answer do not "
+                        f"fit into the model's context of {model.config.context_length}: shorten the answer")
+    return Prompt(tokens, n_context, gold[:GOLD], len(ids) > limit)
+
+
+# --------------------------------------------------------------------------------------------------------- one context
+
+COLUMNS = ("protocol", "policy", "budget", "score", "dnll", "kept", "kv_bytes", "gated", "select_seconds", "answer")
 
 
 def look_ahead(model, cache, gold):
@@ -199,61 +271,144 @@ def look_ahead(model, cache, gold):
     return attention
 
 
-def run_record(model, record, policies, budgets, tables):
-    """One prefill, then every (policy, budget) from it, decoded in one batch. Returns a list of result rows."""
-    tokens, gold = encode(record, model.tokenizer)
-    logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW, total="h2o" in policies)
-    if "hindsight" in policies:
-        answer = look_ahead(model, cache, gold)[..., :len(tokens)].float().sum(2)  # (L, H, n, T + n) -> (L, H, T)
-        observation = dataclasses.replace(observation, answer=answer)
-    jobs = [(policy, budget) for budget in budgets for policy in policies if policy != "full"]
-    full_nll, rows = model.nll(cache, logits, gold).item(), []
+def compress(policies, budgets, observation, cache, tables, ahead=None):
+    """Every policy at every budget on one cache: {(policy, budget): (evicted cache, gated, seconds)}.
 
-    def run(jobs, batch, seconds):
-        """Measure a batch of caches, one a job; decoding comes last because it grows the batch."""
-        kept, nll = batch.kept().tolist(), model.nll(batch, logits, gold).tolist()
-        entries = model.config.n_layer * model.config.n_kv_head
-        token_bytes = 2 * model.config.head_dim * cache.k[0].element_size()
-        for i, answer in enumerate(model.decode(batch, logits, record["max_new"])):
-            text = model.tokenizer.decode(answer)
-            rows.append({"id": record["_id"], "task": record["dataset"], "policy": jobs[i][0], "budget": jobs[i][1],
-                         "score": score(record, text), "dnll": nll[i] - full_nll, "nll": nll[i], "kept": kept[i] / entries,
-                         "kv_bytes": kept[i] * token_bytes, "n_tokens": len(tokens), "select_seconds": seconds[i],
-                         "answer": text})
+    gated: share of the layers that keep fewer tokens than the budget.
 
-    caches, seconds = [], []
-    for policy, budget in jobs:
+    ahead: attention of the tokens to come, (L, H, n, S); only hindsight sees it.
+    """
+    if ahead is not None:
+        observation = dataclasses.replace(observation, answer=ahead[..., :observation.n_tokens].float().sum(2))  # (L, H, T)
+    out = {}
+    for policy, budget in itertools.product(policies, budgets):
         start = time.perf_counter()
-        caches.append(ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables)))
-        seconds.append(time.perf_counter() - start)
-    if jobs:
-        run(jobs, KVCache.stack(caches), seconds)
-    changed = table_effect(observation, cache, budgets, tables) if "compilerkv" in policies else {}
-    if "full" in policies:
-        run([("full", None)], cache, [0.0])
-    return rows, changed
-
-
-def table_effect(observation, cache, budgets, tables):
-    """{(table, budget): share of layers whose kept set changes when that table alone is made neutral}."""
-    out, compiled = {}, tables.compiled["compilerkv"]
-    neutral = {"W_head": np.ones_like(compiled.W_head), "T_gate": np.zeros_like(compiled.T_gate)}
-    for budget in budgets:
-        kept = ckv.select("compilerkv", observation, cache, budget, tables)
-        for name, array in neutral.items():
-            without = dataclasses.replace(tables, compiled={"compilerkv": dataclasses.replace(compiled, **{name: array})})
-            other = ckv.select("compilerkv", observation, cache, budget, without)
-            out[name, budget] = float(np.mean([not torch.equal(a, b) for a, b in zip(kept, other)]))
+        small = ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables))
+        seconds = time.perf_counter() - start
+        out[policy, budget] = small, float(np.mean([n < budget for n in small.length])), seconds
     return out
+
+
+def write_answer(model, record, cache, logits):
+    """Greedy answers (texts) of every row of the cache, until what follows cannot count."""
+    task, tokenizer, stop = TASKS[record["dataset"]], model.tokenizer, model.tokenizer.stop
+    if task.one_line:
+        stop = stop | set(tokenizer.encode("\n"))
+        logits = logits.index_fill(-1, torch.tensor(sorted(stop), device=logits.device), -torch.inf)
+    ended = task.ended and (lambda ids: task.ended(tokenizer.decode(ids)))
+    return [tokenizer.decode(ids) for ids in model.decode(cache, logits, record["max_new"], stop, ended)]
+
+
+def run_context(model, records, prompts, args, tables):
+    """Records that share a context: one prefill of it, then every question, query-aware; the first also query-agnostic.
+
+    Returns one object a record, with a list of results: COLUMNS of every (protocol, policy, budget).
+    """
+    total, width, n_context, out = "h2o" in args.policies, ckv.MAX_WINDOW, prompts[0].n_context, []
+    rivals, oracle = ([p for p in args.policies if (p == "hindsight") == x and p != "full"] for x in (False, True))
+    context = model.prefill(prompts[0].tokens[:n_context], width, total)
+    _, cache, seen = context
+    end_of_context, entries = cache.mark(), model.config.n_layer * model.config.n_kv_head
+    token_bytes = 2 * model.config.head_dim * cache.k[0].element_size()  # one key and one value
+    for record, prompt in zip(records, prompts):
+        question, gold, results = prompt.tokens[n_context:], prompt.gold, []
+
+        def compressed(observation, ahead):
+            """Every policy at every budget on the cache as it is now: what was done, and one batch of the caches left."""
+            made = compress(rivals + oracle, args.budgets, observation, cache, tables, ahead)
+            return [(*job, *rest) for job, (_, *rest) in made.items()], KVCache.stack([small for small, _, _ in made.values()])
+
+        def measure(protocol, jobs, batch, logits, kept):
+            """Append the results of a batch, one row a job; writing the answers uses the batch up."""
+            nll, texts = model.nll(batch, logits, gold).tolist(), write_answer(model, record, batch, logits)
+            for (policy, budget, gated, seconds), n, loss, text in zip(jobs, kept.tolist(), nll, texts):
+                results.append([protocol, policy, budget, round(score(record, text), 2), round(loss - full, 5),
+                                round(n / entries, 2), n * token_bytes, round(gated, 3), round(seconds, 5), text])
+
+        cache.rewind(end_of_context)
+        logits, _, observation = model.prefill(question, width, total, before=context)
+        full = model.nll(cache, logits, gold).item()
+        if rivals + oracle and "query-aware" in args.protocols:
+            jobs, batch = compressed(observation, look_ahead(model, cache, gold) if oracle else None)
+            measure("query-aware", jobs, batch, logits, batch.kept())
+        if "full" in args.policies:
+            measure("full", [("full", None, 0.0, 0.0)], cache, logits, cache.kept())
+        if rivals + oracle and "query-agnostic" in args.protocols and not out:  # the context's first question only
+            cache.rewind(end_of_context)
+            jobs, batch = compressed(seen, look_ahead(model, cache, question + gold) if oracle else None)
+            kept, ids = batch.kept(), torch.tensor([question], device=model.device)
+            hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
+            measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
+        risks = {protocol: [round(x, 4) for x in ckv.risk(o, ckv.OURS.window)]
+                 for protocol, o in zip(PROTOCOLS, (observation, seen))}
+        out.append({"id": record["_id"], "task": record["dataset"], "n_tokens": len(prompt.tokens), "n_context": n_context,
+                    "cut": prompt.cut, "depth": record.get("depth"), "needles": record.get("needles"),
+                    "nll_full": round(full, 5), "entropy_perplexity": risks, "results": results})
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+def contexts(records, prompts):
+    """Neighbouring records with the same context tokens, as [(records, prompts)]: the unit of work, and of resampling."""
+    pairs = zip(records, prompts)
+    key = lambda pair: (pair[0]["dataset"], pair[1].tokens[:pair[1].n_context])
+    return [tuple(zip(*group)) for _, group in itertools.groupby(pairs, key)]
+
+
+def run(model, work, args, tables, settings):
+    """Every context, finished ones from the journal of an interrupted run of the same settings.
+
+    Returns [(the context's results, seconds)], whether it was interrupted, and the journal, which the report makes needless.
+
+    The journal holds one JSON line a context; a line that was cut short by a crash is done again.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    journal, done = args.out / f"unfinished-{digest}.jsonl", {}
+    if journal.exists():
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                rows, seconds = json.loads(line)
+                done[rows[0]["id"]] = rows, seconds
+            except (ValueError, LookupError, TypeError):
+                continue
+        print(f"continuing: {len(done)} of {len(work)} contexts were finished before", file=sys.stderr)
+    ckv.write_atomically(journal, "".join(json.dumps(line) + "\n" for line in done.values()))
+    finished, interrupted = [], False
+    try:
+        with open(journal, "a", encoding="utf-8") as file:
+            for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
+                if records[0]["_id"] not in done:
+                    start = time.perf_counter()
+                    rows = run_context(model, records, prompts, args, tables)
+                    done[records[0]["_id"]] = line = rows, round(time.perf_counter() - start, 2)
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                finished.append(done[records[0]["_id"]])
+    except KeyboardInterrupt:  # report what is finished; the journal stays
+        interrupted = True
+    if not finished:
+        raise UserError("interrupted before the first context was finished; nothing was written")
+    return finished, interrupted, journal
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
-def interval(values, generator):
-    """95% percentile bootstrap interval of the mean over records: values (n,) -> (low, high)."""
-    values = np.asarray(values)
-    means = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
+def resamples(clusters, seed):
+    """Bootstrap over contexts: how often each record counts in each of RESAMPLES draws, (RESAMPLES, records) float32."""
+    _, index = np.unique(clusters, return_inverse=True)
+    n, generator = index.max() + 1, np.random.default_rng(seed)
+    draws = generator.integers(n, size=(RESAMPLES, n))
+    counts = np.zeros((RESAMPLES, n), dtype=np.float32)
+    np.add.at(counts, (np.arange(RESAMPLES)[:, None], draws), 1)
+    return counts[:, index]
+
+
+def interval(values, counts, weights=1.0):
+    """95% percentile interval of the mean of `values` (records,) over the resamples -> [low, high]."""
+    weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), len(values))
+    means = counts @ (weights * values) / (counts @ weights)
+    return np.percentile(means, (2.5, 97.5)).tolist()
 
 
 def worst_tenth(values):
@@ -261,32 +416,85 @@ def worst_tenth(values):
     return float(np.sort(values)[-max(1, len(values) // 10):].mean())
 
 
-def grouped(rows):
-    """{(policy, budget): rows}, in the order they came."""
-    groups = collections.defaultdict(list)
-    for row in rows:
-        groups[row["policy"], row["budget"]].append(row)
-    return groups
+def rank_correlation(x, y):
+    """Spearman's rho: correlation of the ranks, ties sharing their mean rank; nan where one side is constant."""
+    def ranks(v):
+        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    rx, ry = ranks(np.asarray(x)), ranks(np.asarray(y))
+    return float(np.corrcoef(rx, ry)[0, 1]) if rx.std() and ry.std() else float("nan")
 
 
-def summarise(rows, seed):
-    """One object a policy and budget; the same resamples of records for all of them, so that intervals are paired."""
-    groups, summary = grouped(rows), []
-    for (policy, budget), group in groups.items():
-        dnll = [r["dnll"] for r in group]
-        generator = np.random.default_rng(seed)
-        row = {"policy": policy, "budget": budget, "n": len(group), "score": float(np.mean([r["score"] for r in group])),
-               "dnll": float(np.mean(dnll)), "dnll_ci": interval(dnll, generator), "dnll_worst_tenth": worst_tenth(dnll),
-               "kept_mean": float(np.mean([r["kept"] for r in group])),
-               "kv_bytes_mean": float(np.mean([r["kv_bytes"] for r in group])), "oracle": policy == "hindsight",
-               "score_by_category": {c: float(np.mean([r["score"] for r in group if TASKS[r["task"]].category == c]))
-                                     for c in dict.fromkeys(TASKS[r["task"]].category for r in group)}}
-        rivals = groups.get(("snapkv", budget))
-        if rivals and policy not in ("snapkv", "full"):  # paired by record
-            row["dnll_minus_snapkv"] = float(np.mean(dnll) - np.mean([r["dnll"] for r in rivals]))
-            row["dnll_minus_snapkv_ci"] = interval(np.array(dnll) - [r["dnll"] for r in rivals], np.random.default_rng(seed))
+def columns(records):
+    """{(protocol, policy, budget): {column: values in the order of the records}}."""
+    table = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        for result in record["results"]:
+            for name, value in zip(COLUMNS[3:], result[3:]):
+                table[tuple(result[:3])][name].append(value)
+    return {key: {name: values if name == "answer" else np.array(values) for name, values in by_name.items()}
+            for key, by_name in table.items()}
+
+
+def summarise(records, clusters, seed):
+    """One object a protocol, policy and budget. The same resamples for all, so that differences are paired.
+
+    score: mean over tasks of the mean over records, as LongBench averages; dNLL and the rest: mean over records.
+    failures: share of the records that the full cache gets right and this one does not; agreement: word F1 with the
+    full cache's answer; by depth: mean dNLL by fifths of the place of the needed fact.
+    """
+    table, counts, summary = columns(records), resamples(clusters, seed), []
+    tasks = np.array([r["task"] for r in records])
+    weights = 1 / np.array([(tasks == task).sum() for task in tasks])  # every task counts the same
+    depth = np.array([np.nan if r["depth"] is None else r["depth"] for r in records])
+    mean_score = lambda v: float(weights @ v / weights.sum())
+    full = table.get(("full", "full", None))
+    for (protocol, policy, budget), values in table.items():
+        points, dnll = values["score"], values["dnll"]
+        row = {"protocol": protocol, "policy": policy, "budget": budget, "oracle": policy == "hindsight", "n": len(points),
+               "score": mean_score(points), "score_ci": interval(points, counts, weights),
+               "dnll": float(dnll.mean()), "dnll_ci": interval(dnll, counts), "dnll_worst_tenth": worst_tenth(dnll),
+               "kept_mean": float(values["kept"].mean()), "kv_bytes_mean": float(values["kv_bytes"].mean()),
+               "gated": float(values["gated"].mean()), "select_ms": float(1000 * np.median(values["select_seconds"])),
+               "score_by_task": {t: float(points[tasks == t].mean()) for t in dict.fromkeys(tasks.tolist())},
+               "dnll_by_depth": [float(dnll[at].mean()) if (at := (depth >= i / 5) & (depth < (i + 1) / 5 + (i == 4))).any()
+                                 else None for i in range(5)]}
+        groups = [TASKS[t].category for t in tasks]
+        row["by_category"] = {c: {"score": mean_score(np.where(at, points, 0)) * weights.sum() / weights[at].sum(),
+                                  "dnll": float(dnll[at].mean()), "kv_bytes": float(values["kv_bytes"][at].mean())}
+                              for c in dict.fromkeys(groups) if (at := np.array([g == c for g in groups])).any()}
+        if full and policy != "full":
+            right = full["score"] >= RIGHT
+            row["failures"] = float((points[right] < RIGHT).mean()) if right.any() else None
+            row["agreement"] = float(np.mean([100 * (a == b or token_f1(a, b, None))
+                                              for a, b in zip(values["answer"], full["answer"])]))
+        rival = table.get((protocol, "snapkv", budget))
+        if rival and policy not in ("snapkv", "full"):  # paired by record
+            for name, weight in (("score", weights), ("dnll", np.ones(len(dnll)))):
+                difference = values[name] - rival[name]
+                row[f"{name}_minus_snapkv"] = float(weight @ difference / weight.sum())
+                row[f"{name}_minus_snapkv_ci"] = interval(difference, counts, weight)
+        if protocol in PROTOCOLS:
+            row["risk"] = risk_report(np.array([r["entropy_perplexity"][protocol] for r in records]), dnll, tasks)
         summary.append(row)
     return summary
+
+
+def risk_report(risks, dnll, tasks):
+    """Do the two risk signals of Eq. 7, (records, 2), predict dNLL? Mean dNLL by quarter of each, and rank correlations.
+
+    within: the mean of the tasks' own correlations, which no difference between tasks can feign.
+    """
+    out = {}
+    for name, x in zip(("entropy", "perplexity"), risks.T):
+        edges = np.quantile(x, (0.25, 0.5, 0.75))
+        quarter = np.searchsorted(edges, x, side="right")
+        within = [rank_correlation(x[tasks == t], dnll[tasks == t]) for t in dict.fromkeys(tasks.tolist())]
+        out[name] = {"edges": edges.round(3).tolist(), "spearman": rank_correlation(x, dnll),
+                     "within": float(np.mean([w for w in within if w == w])) if any(w == w for w in within) else None,
+                     "dnll_by_quarter": [float(dnll[quarter == q].mean()) if (quarter == q).any() else None
+                                         for q in range(4)]}
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -295,24 +503,55 @@ def label(policy):
     return policy + " (oracle)" if policy == "hindsight" else policy
 
 
-def markdown(summary):
-    """The results table and the scores by category, as Markdown."""
-    full = next((s["score"] for s in summary if s["policy"] == "full"), None)
-    lines = ["| budget | policy | score | % of full | dNLL [95% interval] | against SnapKV [95%] | worst tenth | "
-             "kept a layer | KV MB |", "|" + "---|" * 9]
-    for s in summary:
-        share = f"{100 * s['score'] / full:.1f}" if full else "-"
-        paired = "{:+.3f} [{:+.3f}, {:+.3f}]".format(s["dnll_minus_snapkv"], *s["dnll_minus_snapkv_ci"]) \
-            if "dnll_minus_snapkv" in s else "-"
-        lines.append(f"| {s['budget'] or 'all'} | {label(s['policy'])} | {s['score']:.1f} | {share} | "
-                     f"{s['dnll']:.3f} [{s['dnll_ci'][0]:.3f}, {s['dnll_ci'][1]:.3f}] | {paired} | "
-                     f"{s['dnll_worst_tenth']:.2f} | {s['kept_mean']:.1f} | {s['kv_bytes_mean'] / 1e6:.2f} |")
-    categories = list(summary[0]["score_by_category"])
-    lines += ["", "| budget | policy | " + " | ".join(categories) + " |", "|" + "---|" * (len(categories) + 2)]
-    lines += [f"| {s['budget'] or 'all'} | {label(s['policy'])} | "
-              + " | ".join(f"{s['score_by_category'][c]:.1f}" for c in categories) + " |" for s in summary]
-    return "\n".join(lines)
+def cell(value, form="{:.2f}"):
+    return "-" if value is None else form.format(value)
 
+
+def lines_of(head, rows):
+    """A Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def markdown(summary, records):
+    """The report's tables, as Markdown: what was asked, then each protocol's results, tails and risk, never mixed."""
+    full = next((s for s in summary if s["policy"] == "full"), None)
+    tasks = list(summary[0]["score_by_task"])
+    ranged = lambda v: f"{min(v)} / {int(np.median(v))} / {max(v)}"
+    out = lines_of(["task", "category", "records", "prompt tokens (min / median / max)", "full-cache score"],
+                   [[t, TASKS[t].category, str(len(lengths)), ranged(lengths), cell(full and full["score_by_task"][t], "{:.1f}")]
+                    for t in tasks if (lengths := [r["n_tokens"] for r in records if r["task"] == t])])
+    for protocol in PROTOCOLS:
+        part = [s for s in summary if s["protocol"] == protocol]
+        if not part:
+            continue
+        shown = [full] * bool(full) + part
+        paired = lambda s, name, form: form.format(s[name], *s[name + "_ci"]) if name in s else "-"
+        first = lambda s: [str(s["budget"] or "all"), label(s["policy"])]
+        out += [f"### {protocol}", ""] + lines_of(
+            ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]",
+             "kept a layer", "gated %", "KV MB"],
+            [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
+                         paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
+                         paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
+                         f"{100 * s['gated']:.0f}", f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
+        out += [f"Tails, {protocol}: worst tenth of dNLL; failures, % of what the full cache gets right; agreement with the "
+                "full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""] + lines_of(
+            ["budget", "policy", "worst tenth", "failures %", "agreement", "0-20%", "20-40%", "40-60%", "60-80%", "80-100%"],
+            [first(s) + [f"{s['dnll_worst_tenth']:.2f}", cell(s.get("failures") and 100 * s["failures"], "{:.0f}"),
+                         cell(s.get("agreement"), "{:.0f}"), *map(cell, s["dnll_by_depth"])] for s in part])
+        out += [f"Scores by task, {protocol}:", ""] + lines_of(
+            ["budget", "policy", *tasks], [first(s) + [f"{s['score_by_task'][t]:.1f}" for t in tasks] for s in shown])
+        out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho with dNLL over all records and within tasks, "
+                "mean dNLL by rising quarter.", ""] + lines_of(
+            ["budget", "policy", "entropy rho", "within", "by quarter", "perplexity rho", "within", "by quarter"],
+            [first(s) + [x for name in ("entropy", "perplexity") for r in [s["risk"][name]]
+                         for x in (f"{r['spearman']:+.2f}", cell(r["within"], "{:+.2f}"),
+                                   " / ".join(map(cell, r["dnll_by_quarter"])))]
+             for s in part if s["policy"] in ("snapkv", "compilerkv-paper", "compilerkv")])
+    return "\n".join(out)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 def save_figure(figure, path):
     """Write a figure as PNG in one step, and free it."""
@@ -322,33 +561,126 @@ def save_figure(figure, path):
     ckv.write_atomically(path, buffer.getvalue())
 
 
-def plot(summary, path, n):
-    """Quality against budget, one line a policy: dNLL left, share of the full cache's score right."""
-    full = next((s["score"] for s in summary if s["policy"] == "full"), None)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    for policy in dict.fromkeys(s["policy"] for s in summary if s["policy"] != "full"):
-        points = sorted((s["budget"], s["dnll"], *s["dnll_ci"], s["score"]) for s in summary if s["policy"] == policy)
-        budget, dnll, low, high, scores = map(np.array, zip(*points))
-        ours = policy == "compilerkv"
-        style = {"marker": "o", "linewidth": 2.8 if ours else 1.4, "linestyle": ":" if policy == "hindsight" else "-",
-                 "color": "black" if ours else None, "zorder": 3 if ours else 2, "label": label(policy)}
-        line, = axes[0].plot(budget, dnll, **style)
-        axes[0].fill_between(budget, low, high, color=line.get_color(), alpha=0.08)
-        if full:
-            axes[1].plot(budget, 100 * scores / full, **style)
-    axes[0].set(ylabel="dNLL, nats a token (lower is better)", title="What the gold answer loses")
-    axes[0].axhline(0, color="grey", linewidth=0.8)
-    axes[1].set(ylabel="score, % of the full cache", title="What the score keeps")
-    axes[1].axhline(100, color="grey", linewidth=0.8)
+def style(policy):
+    """How a policy is drawn, the same in every picture: ours black, the oracle dotted."""
+    ours = policy == "compilerkv"
+    return {"marker": "o", "markersize": 4, "linewidth": 2.6 if ours else 1.3, "linestyle": ":" if policy == "hindsight" else "-",
+            "color": "black" if ours else f"C{list(ckv.POLICIES).index(policy)}", "zorder": 3 if ours else 2, "label": label(policy)}
+
+
+def finish(figure, axes, title, path):
+    """Grid, one legend for all panels, a title; save."""
     for axis in axes:
-        axis.set_xscale("log", base=2)
-        ticks = sorted({s["budget"] for s in summary if s["budget"]})
-        axis.set_xticks(ticks, [str(t) for t in ticks])
-        axis.set_xlabel("budget: tokens kept a layer")
         axis.grid(alpha=0.3)
-    figure.suptitle(f"mean over {n} records; bands are 95% bootstrap intervals", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_quality(summary, protocol, path, title):
+    """Against the megabytes kept: dNLL and worst tenth over all records, then the score of each category."""
+    part = [s for s in summary if s["protocol"] == protocol]
+    full = next((s for s in summary if s["policy"] == "full"), None)
+    categories = list(part[0]["by_category"])
+    panels = [("all: dNLL, nats a token", lambda s: s["dnll"], lambda s: s["kv_bytes_mean"]),
+              ("all: dNLL of the worst tenth", lambda s: s["dnll_worst_tenth"], lambda s: s["kv_bytes_mean"])]
+    panels += [(f"{c}: score", lambda s, c=c: s["by_category"][c]["score"], lambda s, c=c: s["by_category"][c]["kv_bytes"])
+               for c in categories]
+    width = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, width, figsize=(3.3 * width + 2, 6.2), layout="constrained", squeeze=False)
+    for axis, (name, y, x) in zip(axes.flat, panels):
+        for policy in dict.fromkeys(s["policy"] for s in part):
+            line = sorted((x(s) / 1e6, y(s), s["budget"]) for s in part if s["policy"] == policy)
+            axis.plot([p[0] for p in line], [p[1] for p in line], **style(policy))
+        if full:
+            axis.axhline(y(full), color="grey", linestyle="--", linewidth=1, label="full cache")
+        axis.set_xscale("log", base=2)
+        ticks = sorted({round(s["kv_bytes_mean"] / 1e6, 1) for s in part if s["policy"] == "snapkv"}) or [1]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.set(title=name, xlabel="KV megabytes kept")
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    finish(figure, axes.flat[:len(panels)], title, path)
+
+
+def draw_tails(summary, records, protocol, budget, path, title):
+    """Where it fails at one budget: share of records above each dNLL, dNLL by place of the fact, by entropy, by perplexity."""
+    table, part = columns(records), [s for s in summary if s["protocol"] == protocol and s["budget"] == budget]
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
+    for s in part:
+        dnll = np.sort(table[protocol, s["policy"], budget]["dnll"])
+        look = style(s["policy"])
+        axes[0].plot(dnll, 100 * (1 - np.arange(len(dnll)) / len(dnll)), **{**look, "marker": None})
+        for axis, values in zip(axes[1:], (s["dnll_by_depth"], s["risk"]["entropy"]["dnll_by_quarter"],
+                                           s["risk"]["perplexity"]["dnll_by_quarter"])):
+            axis.plot(range(len(values)), [np.nan if v is None else v for v in values], **look)
+    axes[0].set(yscale="log", xlim=(-1, None), xlabel="dNLL, nats a token", ylabel="% of records above", title="Tail")
+    axes[1].set(xlabel="where in the context the needed fact stands", ylabel="mean dNLL", title="Lost facts")
+    axes[1].set_xticks(range(5), ["0-20%", "20-40%", "40-60%", "60-80%", "80-100%"])
+    for axis, name in zip(axes[2:], ("attention entropy", "perplexity of the window")):
+        axis.set(xlabel=f"quarter of the records by {name}", title=f"Risk: {name}")
+        axis.set_xticks(range(4), ["lowest", "2nd", "3rd", "highest"])
+    finish(figure, axes, f"{title}, budget {budget}", path)
+
+
+def draw_needles(records, protocol, path, title):
+    """Needle heat maps: one panel a policy and number of needles, score by length and depth, mean over budgets."""
+    table = columns(records)
+    policies = list(dict.fromkeys(key[1] for key in table if key[0] in (protocol, "full")))
+    numbers = sorted({r["needles"] for r in records})
+    lengths = sorted({round(r["n_tokens"], -3) for r in records})
+    depths = sorted({round(5 * r["depth"]) / 5 for r in records})
+    figure, axes = plt.subplots(len(numbers), len(policies), figsize=(1.75 * len(policies) + 1.5, 1.9 * len(numbers) + 1),
+                                layout="constrained", squeeze=False, sharex=True, sharey=True)
+    for axis, (number, policy) in zip(axes.flat, itertools.product(numbers, policies)):
+        points = np.mean([v["score"] for key, v in table.items() if key[0] in (protocol, "full") and key[1] == policy], 0)
+        image = np.full((len(depths), len(lengths)), np.nan)
+        for i, j in np.ndindex(*image.shape):
+            here = [p for p, r in zip(points, records) if r["needles"] == number and round(r["n_tokens"], -3) == lengths[j]
+                    and round(5 * r["depth"]) / 5 == depths[i]]
+            image[i, j] = np.mean(here) if here else np.nan
+        shown = axis.imshow(image, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
+        axis.set_title(f"{label(policy)}\nmean {np.nanmean(image):.0f}", fontsize=8)
+    for axis, number in zip(axes[:, 0], numbers):
+        axis.set_ylabel(f"{number} needle{'s' * (number > 1)}\ndepth")
+    figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.7, label="score")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_kept(model, record, policies, budget, tables, path, columns_=118):
+    """Which tokens of one prompt each policy kept, as text: the darker, the more (layer, KV head) pairs kept the token."""
+    prompt = encode(record, model)
+    logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
+    ahead = look_ahead(model, cache, prompt.gold)
+    policies = [p for p in policies if p not in ("full", "random")]
+    made = compress(policies, [budget], observation, cache, tables, ahead)
+    figure, axes = plt.subplots(-(-len(policies) // 2), 2, figsize=(17, 4.6 * -(-len(policies) // 2)), layout="constrained",
+                                squeeze=False)
+    for axis, policy in zip(axes.flat, policies):
+        small = made[policy, budget][0]
+        kept = torch.cat([small.layer(l)[2].flatten() for l in range(len(small.k))]).bincount(minlength=len(prompt.tokens))
+        share = kept / (model.config.n_layer * model.config.n_kv_head)
+        text, shade = [""], [[]]
+        for t, x in zip(prompt.tokens, share.tolist()):
+            for c in model.tokenizer.decode([t]).replace("\n", " "):
+                if len(text[-1]) == columns_:
+                    text.append("")
+                    shade.append([])
+                text[-1] += c
+                shade[-1].append(x)
+        grid = np.array([row + [np.nan] * (columns_ - len(row)) for row in shade])
+        axis.imshow(grid, cmap="YlOrRd", vmin=0, vmax=1, aspect="auto", extent=(0, columns_, len(text), 0))
+        for i, line in enumerate(text):
+            for j, c in enumerate(line):
+                axis.text(j + 0.5, i + 0.55, c, family="monospace", fontsize=5.2, ha="center", va="center")
+        axis.set_axis_off()
+        axis.set_title(f"{label(policy)}: dark = kept by all layers and heads", fontsize=9)
+    for axis in axes.flat[len(policies):]:
+        axis.set_axis_off()
+    figure.suptitle(f"{record['_id']}, budget {budget} of {len(prompt.tokens)} tokens. The answer: {record['answers'][0]}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -382,26 +714,37 @@ def parse(argv):
     add_model_options(parser)
     parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="comma-separated tokens kept a layer")
-    parser.add_argument("--limit", type=int, help="records a task")
+    parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
+    parser.add_argument("--full", action="store_true", help="all records (an hour on the mini-LongBench)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
+    parser.add_argument("--limit", type=int, help=f"records a task (default: {SAMPLE})")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
+    parser.add_argument("--tasks", help="comma-separated names of the only tasks to run (default: all)")
     parser.add_argument("--out", type=Path, help="a directory (default: results, or results/quick with --quick)")
     args = parser.parse_args(argv)
-    args.policies = list(dict.fromkeys(p.strip() for p in args.policies.split(",") if p.strip()))
+    names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), args.tasks and names(args.tasks)
     try:
         args.budgets = sorted({int(b) for b in args.budgets.split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
-    if args.quick:
-        args.budgets, args.limit = [128], 1
-    args.out = args.out or HERE / "results" / ("quick" if args.quick else "")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
+    if args.quick:
+        args.budgets, args.limit = [128], 1
+    elif args.full:
+        args.limit = None
+    else:
+        args.limit = args.limit or SAMPLE
+    args.out = args.out or HERE / "results" / ("quick" if args.quick else "")
     if not args.policies:
         raise UserError("--policies is empty")
     for budget in args.budgets:
         ckv.check_budget(budget)
+    for protocol in args.protocols:
+        if protocol not in PROTOCOLS:
+            raise UserError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
     for policy in args.policies:
         if policy not in ckv.POLICIES:
             raise UserError(f"unknown policy {policy!r}: choose from {', '.join(ckv.POLICIES)}")
@@ -409,48 +752,52 @@ def parse(argv):
 
 
 def main(argv=None):
-    start = time.time()
     args = parse(argv)
-    records = read_records(args.data, args.limit)
+    records = read_records(args.data, args.limit, args.tasks)
     model = load(args.model, args.dtype, args.device)
     tables = ckv.Tables.load(args.tables, model)
-    for record in records:
-        check_length(record, model)
+    work = contexts(records, [encode(record, model) for record in records])
     args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
-    rows, changed, interrupted = [], collections.defaultdict(list), False
-    try:
-        for record in tqdm(records, desc="records", unit="record", dynamic_ncols=True):
-            new_rows, effects = run_record(model, record, args.policies, args.budgets, tables)
-            rows += new_rows
-            for key, share in effects.items():
-                changed[key].append(share)
-    except KeyboardInterrupt:  # report what is finished
-        interrupted = True
-    if not rows:
-        raise UserError("interrupted before the first record was finished; nothing was written")
-    order = {key: i for i, key in enumerate([(p, b) for b in (None, *args.budgets) for p in args.policies])}
-    rows.sort(key=lambda r: order[r["policy"], r["budget"]])  # stable: records keep their order
-    summary = summarise(rows, args.seed)
-    n = len({r["id"] for r in rows})
-    meta = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": args.seed, "machine": machine(), "records": n, "interrupted": interrupted, "data": args.data.name,
-            "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(), "policies": args.policies,
-            "budgets": args.budgets,
-            "window": ckv.OURS.window, "sinks": ckv.SINKS, "seconds": round(time.time() - start, 1),
-            "kept_sets_changed": [{"table": t, "budget": b, "share": float(np.mean(v))} for (t, b), v in changed.items()]}
-    head = (f"{n} records of {args.data.name}, {meta['model']}, {meta['dtype']}, seed {args.seed}, {meta['machine']['cpu']}, "
-            f"{meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
-    effect = "\n".join(f"{e['table']} changes the kept set of {100 * e['share']:.1f}% of (prompt, layer) pairs at budget "
-                       f"{e['budget']}." for e in meta["kept_sets_changed"])
-    report = f"{head}\n\n{markdown(summary)}\n\n{effect}\n"
-    ckv.write_atomically(args.out / "eval.json", json.dumps({"meta": meta, "summary": summary, "records": rows}, indent=1))
+    settings = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
+                "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "policies": args.policies,
+                "protocols": args.protocols, "budgets": args.budgets, "window": ckv.OURS.window, "sinks": ckv.SINKS,
+                "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
+                "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
+    finished, interrupted, journal = run(model, work, args, tables, settings)
+    results = [row for rows, _ in finished for row in rows]
+    clusters = [i for i, (rows, _) in enumerate(finished) for _ in rows]
+    summary = summarise(results, clusters, args.seed)
+    meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
+            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(r["cut"] for r in results)}
+    head = (f"{len(results)} records on {len(finished)} contexts of {meta['data']}, {model.name}, {meta['dtype']}, seed {args.seed}, "
+            f"{meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
+    report = f"{head}\n\n{markdown(summary, results)}"
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in results)  # a line a record
+    ckv.write_atomically(args.out / "eval.json", f'{{"meta": {json.dumps(meta)},\n"columns": {json.dumps(COLUMNS)},\n'
+                                                 f'"summary": {json.dumps(summary)},\n"records": [\n{rows}\n]}}\n')
     ckv.write_atomically(args.out / "report.md", report)
-    plot(summary, args.out / "quality.png", n)
+    if set(args.policies) != {"full"}:
+        draw(model, summary, results, records, args, tables, f"{len(results)} records of {meta['data']}")
     print(report)
+    if not interrupted:
+        journal.unlink()
     if interrupted:
-        print(f"interrupted: {n} of {len(records)} records are in the report", file=sys.stderr)
+        print(f"interrupted: {len(results)} of {len(records)} records are in the report; the same command goes on from here",
+              file=sys.stderr)
         return 130
     return 0
+
+
+def draw(model, summary, results, records, args, tables, title):
+    """Every picture of the report, beside it."""
+    for protocol in PROTOCOLS:
+        draw_quality(summary, protocol, args.out / f"quality-{protocol}.png", f"{title}, {protocol}")
+        budget = 128 if 128 in args.budgets else args.budgets[0]
+        draw_tails(summary, results, protocol, budget, args.out / f"tails-{protocol}.png", f"{title}, {protocol}")
+        if all(r["needles"] for r in results):
+            draw_needles(results, protocol, args.out / f"needles-{protocol}.png", f"{title}, {protocol}, mean over budgets")
+    shortest = min(results, key=lambda r: r["n_tokens"])["id"]
+    draw_kept(model, next(r for r in records if r["_id"] == shortest), args.policies, budget, tables, args.out / "kept.png")
 
 
 def run_command(main):

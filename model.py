@@ -57,9 +57,9 @@ class KVCache:
     Slots need not be in order: a query at position p sees exactly the slots with 0 <= position <= p.
     """
 
-    def __init__(self, k, v, slots, next_position):
+    def __init__(self, k, v, slots, next_position, length=None):
         self.k, self.v, self.slots, self.next_position = list(k), list(v), list(slots), next_position
-        self.length = [s.shape[2] for s in slots]
+        self.length = list(length) if length else [s.shape[2] for s in slots]
 
     @classmethod
     def empty(cls, config, dtype, device):
@@ -71,16 +71,23 @@ class KVCache:
     @classmethod
     def stack(cls, caches):
         """Join caches along the batch. Rows that kept fewer slots are padded with slots of position -1."""
-        def pad(parts, fill):  # each (1, G, S_i, ...) -> (B, G, max S_i, ...)
-            size = max(part.shape[2] for part in parts)
-            out = parts[0].new_full((len(parts), parts[0].shape[1], size, *parts[0].shape[3:]), fill)
-            for row, part in zip(out, parts):
-                row[:, :part.shape[2]] = part[0]
+        def pad(parts, fill):  # each (B_i, G, S_i, ...) -> (sum of B_i, G, max S_i + spare, ...)
+            size, n = max(part.shape[2] for part in parts) + SPARE_SLOTS, sum(map(len, parts))
+            out, end = parts[0].new_full((n, parts[0].shape[1], size, *parts[0].shape[3:]), fill), 0
+            for part in parts:
+                start, end = end, end + len(part)
+                out[start:end, :, :part.shape[2]] = part
             return out
 
         layers = [list(zip(*(cache.layer(l) for cache in caches))) for l in range(len(caches[0].k))]
         return cls([pad(k, 0) for k, _, _ in layers], [pad(v, 0) for _, v, _ in layers],
-                   [pad(s, -1) for _, _, s in layers], torch.cat([cache.next_position for cache in caches]))
+                   [pad(s, -1) for _, _, s in layers], torch.cat([cache.next_position for cache in caches]),
+                   [max(part.shape[2] for part in s) for _, _, s in layers])
+
+    def rows(self, index):
+        """A new cache of these rows of the batch, (B,) -> (len(index),)."""
+        k, v, slots = ([x[index] for x in part] for part in (self.k, self.v, self.slots))
+        return KVCache(k, v, slots, self.next_position[index], self.length)
 
     def layer(self, l):
         """The slots of layer l in use: keys (B, G, S, D), values (B, G, S, D), positions (B, G, S)."""
@@ -104,8 +111,8 @@ class KVCache:
         return list(self.length), self.next_position
 
     def rewind(self, mark):
-        """Forget what was appended since `mark`."""
-        self.length, self.next_position = mark
+        """Forget what was appended since `mark`, which can be used again."""
+        self.length, self.next_position = list(mark[0]), mark[1]
 
     def kept(self):
         """Slots that hold a token, counted over layers and KV heads, one number a row: (B,)."""
@@ -134,6 +141,13 @@ class Observation:
     @property
     def n_tokens(self):
         return self.attention.shape[3]
+
+    def followed_by(self, later, window):
+        """The observation of a prompt that was prefilled in two parts; no earlier query attends to a later key."""
+        new_keys = (0, later.n_tokens - self.n_tokens)
+        attention = torch.cat((F.pad(self.attention, new_keys), later.attention), dim=2)[:, :, -window:]
+        total = None if self.total is None or later.total is None else F.pad(self.total, new_keys) + later.total
+        return Observation(attention, torch.cat((self.logprobs, later.logprobs))[-window:], total)
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -186,11 +200,16 @@ def attention_probabilities(q, k, slots, positions):
 
 
 def attention_received(q, k, slots, positions):
-    """Probability that each of T prompt tokens receives from all T queries, (H, T), in blocks: never T x T at once."""
-    received = q.new_zeros(q.shape[1], q.shape[2], dtype=torch.float32)  # (H, T)
+    """Probability that each of S slots receives from all n queries, (H, S), in blocks: never n x S at once.
+
+    The queries' own keys are the last n slots.
+    """
+    received = q.new_zeros(q.shape[1], k.shape[2], dtype=torch.float32)  # (H, S)
+    before = k.shape[2] - q.shape[2]
     for i in range(0, q.shape[2], QUERY_BLOCK):
-        end = i + QUERY_BLOCK  # later keys are hidden from this block
-        block = attention_probabilities(q[:, :, i:end], k[:, :, :end], slots[:, :, :end], positions[:, i:end])
+        j = i + QUERY_BLOCK
+        end = before + j  # later keys are hidden from this block
+        block = attention_probabilities(q[:, :, i:j], k[:, :, :end], slots[:, :, :end], positions[:, i:j])
         received[:, :end] += block.sum(1)  # (H, block, end) -> (H, end)
     return received
 
@@ -239,7 +258,7 @@ class Model:
                 seen = attention_probabilities(q[:, :, -observe:], keys, slots, positions[:, -observe:])
                 attention.append(seen.to(torch.float32 if self.dtype == torch.float32 else torch.float16))
             if total:
-                summed.append(attention_received(q, k, slots, positions))
+                summed.append(attention_received(q, keys, slots, positions))
             x = x + F.linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
             gate, up = F.linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
@@ -251,60 +270,70 @@ class Model:
         """Next-token scores, (..., E) -> (..., V), float32."""
         return F.linear(hidden, self.head).float()
 
-    def prefill(self, tokens, window, total=False):
-        """Run a whole prompt once.
+    def prefill(self, tokens, window, total=False, before=None):
+        """Run a whole prompt once, or its next part.
 
-        tokens: list of T token ids; window: how many of the last queries to observe; total: also sum over all queries.
-        Returns logits (V,) of the last token, the KVCache (batch of one) and the Observation.
+        tokens: list of T token ids; window: how many of the last queries to observe; total: also sum over all queries;
+        before: what prefill returned for the part in front of these tokens; its cache grows in place.
+        Returns logits (V,) of the last token, the KVCache (batch of one) and the Observation of all parts.
         Raises UserError for an empty prompt or one longer than the context.
         """
         if len(tokens) == 0:
             raise UserError("the prompt is empty: give at least one token")
         if window < 1:
             raise UserError(f"the observation window must be at least 1, not {window}")
-        window = min(window, len(tokens))
+        last, cache, earlier = before or (None, KVCache.empty(self.config, self.dtype, self.device), None)
+        n = min(window, len(tokens))
         ids = torch.tensor([tokens], device=self.device)  # (1, T)
-        cache = KVCache.empty(self.config, self.dtype, self.device)
-        hidden, attention, summed = self.forward(ids, cache, observe=window, total=total)
+        hidden, attention, summed = self.forward(ids, cache, observe=n, total=total)
         with torch.inference_mode():
-            logits = self.logits(hidden[0, -window - 1:])  # (w + 1, V), or (T, V) where T = w
-            logprobs = -F.cross_entropy(logits[:-1], ids[0, -window:][-(len(logits) - 1):], reduction="none") \
+            logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
+            if len(logits) == n and last is not None:
+                logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one
+            logprobs = -F.cross_entropy(logits[:-1], ids[0, -n:][-(len(logits) - 1):], reduction="none") \
                 if len(logits) > 1 else logits.new_zeros(0)
-        return logits[-1], cache, Observation(attention, logprobs, summed)
+            observation = Observation(attention, logprobs, summed)
+            return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
 
     @torch.inference_mode()
     def nll(self, cache, logits, continuation):
         """Mean negative log-likelihood, nats a token, of one continuation from each row of the cache: (B,) float32.
 
-        logits: (V,) of the last prompt token; it predicts continuation[0], the cache everything after it.
+        logits: (V,) of the last prompt token, or (B, V); they predict continuation[0], the cache everything after it.
         The cache is handed back as it was found.
         """
         B, ids = len(cache.next_position), torch.tensor(continuation, device=self.device)  # (n,)
         before = cache.mark()
-        losses = F.cross_entropy(logits[None], ids[:1]).expand(B)  # (B,)
+        losses = F.cross_entropy(logits.expand(B, -1), ids[:1].expand(B), reduction="none")  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
-            scores = self.logits(hidden).transpose(1, 2)  # (B, n - 1, V) -> (B, V, n - 1)
-            losses = losses + F.cross_entropy(scores, ids[1:].expand(B, -1), reduction="none").sum(1)
+            losses = losses + torch.stack([F.cross_entropy(self.logits(row), ids[1:], reduction="sum")  # (n - 1, V) at a time
+                                           for row in hidden])
         cache.rewind(before)
         return losses / len(ids)
 
-    def decode(self, cache, logits, max_new, stop=None):
-        """Greedy decoding of every row of the cache, which grows by what is decoded.
+    def decode(self, cache, logits, max_new, stop=None, ended=None):
+        """Greedy decoding of every row of the cache, which grows by what is decoded and is used up.
 
-        logits: (V,) of the last prompt token; stop: token ids that end a row (default: the end-of-turn token).
+        logits: (V,) of the last prompt token, or (B, V); stop: token ids that end a row (default: the end-of-turn token);
+        ended: a function of a row's token ids that tells whether the row may end after them.
         Returns B lists of at most max_new token ids, the stopping token not included.
         """
-        stop = torch.tensor(sorted(self.tokenizer.stop if stop is None else stop), device=self.device)
+        stop = self.tokenizer.stop if stop is None else stop
         B = len(cache.next_position)
-        token = logits.argmax().expand(B)  # (B,)
-        done, rows = torch.zeros(B, dtype=torch.bool, device=self.device), [[] for _ in range(B)]
+        token, rows = logits.argmax(-1).expand(B), [[] for _ in range(B)]  # (B,)
+        writes = list(range(B))  # which answer each row of the cache writes; -1 once it has ended
         for step in range(max_new):
-            done = done | torch.isin(token, stop)
-            for row, t, end in zip(rows, token.tolist(), done.tolist()):
-                row += [] if end else [t]
-            if done.all() or step == max_new - 1:
+            for i, t in enumerate(token.tolist()):
+                if writes[i] >= 0 and t not in stop:
+                    rows[writes[i]].append(t)
+                if t in stop or ended and ended(rows[writes[i]]):
+                    writes[i] = -1
+            going = [i for i, row in enumerate(writes) if row >= 0]
+            if not going or step == max_new - 1:
                 break
+            if 2 * len(going) <= len(writes):  # half have ended: go on without them
+                cache, token, writes = cache.rows(going), token[going], [writes[i] for i in going]
             hidden, _, _ = self.forward(token[:, None], cache)
             token = self.logits(hidden[:, -1]).argmax(-1)
         return rows

@@ -1,11 +1,12 @@
-"""Compose the mini-LongBench and the calibration corpus from the text bank, seeded: `python data/compose.py`.
+"""Compose benchmarks and the calibration corpus from the text bank, seeded: `python data/compose.py`.
 
-The bank (`bank/*.jsonl`) was written for this project: short passages, stories, reports, dialogues and working code, each
-with facts, questions or a summary. This script only arranges: which passages share a prompt, in which order, how long,
-and at what depth the needed fact stands. Files that start with `eval_` go to the benchmark, `calib_` to calibration, so
-the two share no text; the question wordings differ as well (tests/test_data.py checks every 50-character span).
+The bank (`bank/*.jsonl`) was written for this project: short passages, stories, reports, news, dialogues and working code,
+each with facts, questions or a summary. This script only arranges: which texts share a prompt, in which order, how long,
+and at what depth the needed fact stands. Files that start with `eval_` go to the benchmarks, `calib_` to calibration, so
+that the two share no text; the question wordings differ as well (tests/test_data.py checks every 50-character span).
 
-Writes `mini_longbench/data/*.jsonl` and `mini_longbench/config/*.json` in LongBench's own layout, and `calibration.jsonl`.
+Writes three directories in LongBench's own layout, `mini_longbench/`, `needles/` and `ruler/`, and `calibration.jsonl`.
+Reading order: how a context is filled -> mini-LongBench -> needles and RULER -> calibration.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RECORDS = 10  # records a task
-BANDS = (720, 1000, 1450, 2200)  # words of context, about 1,100 / 1,500 / 2,200 / 3,300 tokens
+CONTEXTS = 25                      # contexts a task, QUESTIONS questions on each
+QUESTIONS = 2
+BANDS = (720, 1150, 2000, 3700)    # words of context, about 1,100 / 1,700 / 3,000 / 5,600 tokens
+REPORT = 450                       # words that the last report added may exceed the plan by, at most
+MIX = (0, 1, 0, 2, 1, 0, 3, 1, 0, 2)  # bands of consecutive contexts: short ones are more frequent, as they cost less
 
 
 def bank(pattern):
@@ -24,109 +28,335 @@ def bank(pattern):
     return [json.loads(line) for path in sorted((HERE / "bank").glob(pattern)) for line in open(path, encoding="utf-8")]
 
 
+def words(text):
+    """Number of words, which is what lengths are planned in."""
+    return len(text.split())
+
+
 def fill(rng, needed, pool, n_words, depth):
-    """The needed items, at `depth` in [0, 1] of the list, among items of the pool until about n_words words are there."""
+    """The needed items among others of the pool, until about n_words words are there.
+
+    The first needed item stands at `depth` in [0, 1] of the list, the second half a list away, further ones anywhere.
+    """
     others = [item for item in rng.sample(pool, len(pool)) if item not in needed]
-    words, chosen = sum(len(item["text"].split()) for item in needed), []
-    while others and words + 40 < n_words:
+    total, chosen = sum(words(item["text"]) for item in needed), []
+    while others and total + 40 < n_words:
         chosen.append(others.pop())
-        words += len(chosen[-1]["text"].split())
-    at = round(depth * len(chosen))
-    spread = [at if i == 0 else rng.randint(0, len(chosen)) for i in range(len(needed))]  # the first at depth, others anywhere
-    for position, item in sorted(zip(spread, needed), key=lambda pair: -pair[0]):
-        chosen.insert(position, item)
+        total += words(chosen[-1]["text"])
+    depths = [depth, (depth + 0.5) % 1, *(rng.random() for _ in needed[2:])][:len(needed)]
+    places = [(round(d * len(chosen)), i) for i, d in enumerate(depths)]
+    for place, i in sorted(places, reverse=True):
+        chosen.insert(place, needed[i])
     return chosen
+
+
+def plan(n):
+    """(words, depth) of n contexts: lengths follow MIX, depths a low-discrepancy walk over [0, 1]."""
+    return [(BANDS[MIX[i % len(MIX)]], i * 0.618 % 1) for i in range(n)]
+
+
+def at_depth(chosen, depth, used):
+    """The item of the list that stands at `depth`, or the next one that no other record asks about."""
+    start = int(depth * len(chosen))
+    item = next(item for item in chosen[start:] + chosen[:start] if item["title"] not in used)
+    used.add(item["title"])
+    return item
 
 
 # ------------------------------------------------------------------------------------------------------ mini-LongBench
 
 PROMPTS = {  # as in LongBench's dataset2prompt.json; the small model answers best when an answer is begun for it
     "fieldqa": "{context}\n\nQuestion: {input}",
+    "reportqa": "Reports of public bodies.\n\n{context}\n\nQuestion: {input}",
     "hopqa": "These passages come from several sources.\n\n{context}\n\nQuestion: {input}",
-    "digest": "{context}\n\nThe same news in brief, one sentence an item:\n{input}",
+    "kinqa": "These entries come from a biographical dictionary.\n\n{context}\n\nQuestion: {input}",
+    "reports": "Reports of public bodies.\n\n{context}\n\nThe findings in short, one paragraph a report:\n{input}",
+    "news": "{context}\n\nThe same news in brief, one paragraph an event:\n{input}",
     "qtype": "Name the kind of thing each question asks for.\n\n{context}\n{input}",
-    "codes": "{context}\n\n{input}",
+    "chats": "Say in a sentence or two what each conversation comes to.\n\n{context}\n\n{input}",
+    "count": "{context}\n\n{input}",
+    "which": "{context}\n\n{input}",
+    "lines": "{context}",
     "repo": "{context}{input}",
 }
-MAX_NEW = {"fieldqa": 20, "hopqa": 20, "digest": 40, "qtype": 8, "codes": 24, "repo": 32}
+MAX_NEW = {"fieldqa": 20, "reportqa": 20, "hopqa": 20, "kinqa": 16, "reports": 32, "news": 32, "qtype": 8, "chats": 24,
+           "count": 6, "which": 20, "lines": 24, "repo": 24}
 
 
-def record(task, i, context, question, answers, classes=None):
-    """One object in LongBench's schema."""
-    return {"input": question, "context": context, "answers": answers, "length": len(context.split()), "dataset": task,
-            "language": "python" if task == "repo" else "en", "all_classes": classes, "_id": f"{task}-{i:03d}"}
+def record(task, rows, context, question, answers, fact=None, classes=None, **more):
+    """Append one object in LongBench's schema; `depth` says where in the context the needed fact begins, 0 to 1."""
+    depth = None if fact is None else round(context.index(fact) / len(context), 3)
+    rows.append({"input": question, "context": context, "answers": answers, "length": words(context), "dataset": task,
+                 "language": "python" if task in ("lines", "repo") else "en", "all_classes": classes,
+                 "_id": f"{task}-{len(rows):03d}", "depth": depth, **more})
 
 
 def begun_answer(question, text, answer, n_lead):
     """A question with the answer's sentence begun by its last n_lead words, and the rest of that clause as the gold answer."""
     at = text.index(answer)
-    lead = re.split(r"[.;?!] ", text[:at])[-1].split()[-n_lead:]
-    rest = re.split(r"[.;?!](?: |$)", text[at:])[0].split()[:12]
+    lead = re.split(r"[.;?!] |\n", text[:at])[-1].split()[-n_lead:]
+    rest = re.split(r"[.;?!](?: |\n|$)", text[at:])[0].split()[:12]
     return f"{question}\nAnswer in the words of the text: \"{' '.join(lead)}", " ".join(rest)
 
 
-def benchmark(rng):
-    """{task: records}: lengths cycle through BANDS, the needed text through depths 0 to 1."""
-    passages, links = bank("eval_passages_*.jsonl"), bank("eval_links_*.jsonl")
-    by_id = {p["id"]: p for p in passages}
-    tasks = {task: [] for task in PROMPTS}
-    plan = [(BANDS[i % len(BANDS)], (i * 0.37) % 1.0) for i in range(RECORDS)]  # depth: a low-discrepancy walk
-    asked = rng.sample(passages, 3 * RECORDS)
+def begun(summary, n_lead=6, n_gold=24):
+    """A summary's first n_lead words, and the next n_gold as the gold answer."""
+    parts = summary.split()
+    return " ".join(parts[:n_lead]), " ".join(parts[n_lead:n_lead + n_gold])
 
-    for i, (n_words, depth) in enumerate(plan):
-        target = asked[i]
-        question, answer = target["qa"][i % 2]
-        context = "\n\n".join(f"{p['title']}\n{p['text']}" for p in fill(rng, [target], passages, n_words, depth))
-        question, gold = begun_answer(question, target["text"], answer, n_lead=4)
-        tasks["fieldqa"].append(record("fieldqa", i, context, question, [gold]))
 
-    for i, ((n_words, depth), link) in enumerate(zip(plan, rng.sample(links, RECORDS))):
-        first, second = by_id[link["first"]], by_id[link["second"]]
-        chosen = fill(rng, [first, second], passages, n_words, depth)
+def question_tasks(rng, passages, reports, links):
+    """Single- and multi-document QA: {task: records}."""
+    tasks, by_id, used = {"fieldqa": [], "reportqa": [], "hopqa": [], "kinqa": []}, {p["id"]: p for p in passages}, set()
+    asked = {r["title"]: 0 for r in reports}
+    for size, depth in plan(CONTEXTS):
+        chosen = fill(rng, [], passages, size, depth)
+        context = "\n\n".join(f"{p['title']}\n{p['text']}" for p in chosen)
+        for k in range(QUESTIONS):
+            target = at_depth(chosen, (depth + k / QUESTIONS) % 1, used)
+            question, answer = target["qa"][k % 2]
+            question, gold = begun_answer(question, target["text"], answer, n_lead=4)
+            record("fieldqa", tasks["fieldqa"], context, question, [gold], target["text"])
+    for i, (size, depth) in enumerate(plan(CONTEXTS)):
+        first = min(asked, key=lambda title: (asked[title], rng.random()))  # reports take turns: there are few
+        chosen = fill(rng, [r for r in reports if r["title"] == first], reports, max(size - REPORT, 800), depth)
+        context = "\n\n\n".join(r["text"] for r in chosen)
+        for k in range(QUESTIONS):
+            target = next(r for r in chosen if r["title"] == first)
+            question, answer = target["qa"][asked[first] % len(target["qa"])]
+            asked[first] += 1
+            question, gold = begun_answer(question, target["text"], answer, n_lead=4)
+            record("reportqa", tasks["reportqa"], context, question, [gold], answer)
+    rng.shuffle(links)
+    for i, (size, depth) in enumerate(plan(CONTEXTS)):
+        pair = links[QUESTIONS * i:QUESTIONS * (i + 1)]
+        needed = [by_id[link[end]] for end in ("second", "first") for link in pair]
+        chosen = fill(rng, [p for n, p in enumerate(needed) if p not in needed[:n]], passages, size, depth)
         context = "\n\n".join(f"Passage {n}:\n{p['title']}\n{p['text']}" for n, p in enumerate(chosen, 1))
-        question, gold = begun_answer(link["question"], second["text"], link["answer"], n_lead=3)
-        tasks["hopqa"].append(record("hopqa", i, context, question, [gold]))
+        for link in pair:
+            question, gold = begun_answer(link["question"], by_id[link["second"]]["text"], link["answer"], n_lead=3)
+            record("hopqa", tasks["hopqa"], context, question, [gold], by_id[link["second"]]["text"])
+    people = invented_people(rng, 4 * CONTEXTS * QUESTIONS)
+    for i, (size, depth) in enumerate(plan(CONTEXTS)):
+        needed = people[2 * QUESTIONS * i:2 * QUESTIONS * (i + 1)]  # parent, child, parent, child
+        chosen = fill(rng, needed[::2] + needed[1::2], people, 0.85 * size, depth)  # coined names are long in tokens
+        context = "\n\n".join(p["text"] for p in chosen)
+        for parent, child in zip(needed[::2], needed[1::2]):
+            parent_a, child_a = people[0], people[1]
+            known = (f"{child_a['name']}'s {child_a['parent']} was born in which town?\nAnswer: {child_a['name']} was the child of "
+                     f"{parent_a['name']}, who was born in {parent_a['town']}.\n")
+            question = f"{known}{child['name']}'s {child['parent']} was born in which town?\nAnswer: {child['name']} was the child of"
+            record("kinqa", tasks["kinqa"], context, question, [f"{parent['name']}, who was born in {parent['town']}"],
+                   parent["text"])
+    return tasks
 
-    news = [p for p in passages if p["id"].startswith("ep2")]
-    for i, (n_words, depth) in enumerate(plan):
-        target = rng.choice(news)
-        chosen = fill(rng, [target], news, n_words, depth)
-        context = "\n\n".join(f"{p['title']}. {p['text']}" for p in chosen)
-        lead = lambda p: re.split(r"(?<=[.?!]) ", p["text"])[0]
-        examples = [f"{p['title']}: {lead(p)}" for p in rng.sample([p for p in chosen if p is not target], 2)]
-        brief = "\n".join(examples + [f"{target['title']}:"])
-        tasks["digest"].append(record("digest", i, context, brief, [lead(target), target["gist"]]))
 
-    questions = bank("eval_questions.jsonl")
-    classes = sorted({q["type"] for q in questions})
-    for i, (n_words, _) in enumerate(plan):
-        examples = rng.sample(questions, len(questions))
-        target = examples.pop()
-        context = "\n".join(f"Question: {q['question']}\nType: {q['type']}" for q in examples[:n_words // 14])
-        tasks["qtype"].append(record("qtype", i, context, f"Question: {target['question']}\nType:", [target["type"]], classes))
+def syllables(rng, n):
+    """A coined name of n syllables."""
+    return "".join(rng.choice("bdfghklmnprstvz") + rng.choice(("a", "e", "i", "o", "u", "ai", "or", "en", "il", "as"))
+                   for _ in range(n)).capitalize()
 
-    for i, (n_words, depth) in enumerate(plan):
-        target = asked[RECORDS + i]
-        chosen = fill(rng, [target], passages, n_words, depth)
-        coded = {p["title"]: rng.randint(10000, 99999) for p in (target, rng.choice([p for p in chosen if p is not target]))}
-        context = "\n\n".join(p["text"] + (f" The archive code of {p['title']} is {coded[p['title']]}." if p["title"] in coded
-                                            else "") for p in chosen)
-        tasks["codes"].append(record("codes", i, context, f"What is the archive code of {target['title']}?",
-                                     [str(coded[target["title"]])]))
 
-    files = bank("eval_code.jsonl")
-    projects = sorted({f["path"].split("/")[0] for f in files})
-    for i in range(RECORDS):
-        own = [f for f in files if f["path"].startswith(projects[i % len(projects)] + "/")]
-        last = own.pop(-1 - i // len(projects) % 2)
-        lines = last["code"].split("\n")
-        # The line to complete: in the last third, long enough to mean something, with a name that stood above.
-        ends = [n for n in range(len(lines) * 2 // 3, len(lines)) if len(lines[n].strip()) > 20 and '"""' not in lines[n]
+TRADES = ("cartographer", "organ builder", "surgeon", "glass painter", "river pilot", "botanist", "typefounder", "judge",
+          "mountain guide", "saddler", "astronomer", "translator", "bell founder", "actor", "apothecary", "bridge engineer")
+DEEDS = ("taught for {n} years at the night school of {a}", "left {n} notebooks to the town archive of {a}",
+         "is remembered for a walk from {a} to {b} in {n} days", "once lost a lawsuit in {a} over {n} sacks of barley",
+         "kept {n} tame jackdaws in a tower at {a}", "sold a house in {a} for {n} silver coins and moved to {b}",
+         "wrote {n} letters from {a} that were never answered", "won {n} wagers about the weather at {a}")
+
+
+def invented_people(rng, n):
+    """n dictionary entries in pairs, a parent and a child: dictionaries of name, parent (mother or father), town, title, text."""
+    people = []
+    for i in range(n // 2):
+        family, (parent_name, child_name) = syllables(rng, 3), (syllables(rng, 2), syllables(rng, 2))
+        parent, year = rng.choice(("mother", "father")), rng.randint(1780, 1870)
+        for name, other, kind in ((parent_name, child_name, "child"), (child_name, parent_name, parent)):
+            town, a, b = (syllables(rng, 3) for _ in range(3))
+            full = f"{name} {family}"
+            deeds = " and ".join(rng.sample(DEEDS, 2)).format(a=a, b=b, n=rng.randint(3, 90))
+            kin = f"{full} was the child of {other} {family}" if kind != "child" else f"A child, {other} {family}, survived"
+            text = (f"{full} was born in {town} in {year}, and worked as a {rng.choice(TRADES)}. {kin}. "
+                    f"In later life {full} {deeds}.")
+            people.append({"name": full, "parent": kind, "town": town, "title": full, "text": text})
+            year += rng.randint(22, 40)
+    return people
+
+
+def summary_tasks(rng, reports, events):
+    """Summaries of one report, or of three articles on one event, among others: {task: records}."""
+    tasks = {"reports": [], "news": []}
+    for task, pool in (("reports", reports), ("news", events)):
+        turns = {t["title"]: 0 for t in pool}
+        for size, depth in plan(CONTEXTS):
+            needed = sorted(pool, key=lambda t: (turns[t["title"]], rng.random()))[:QUESTIONS]
+            chosen = fill(rng, needed, pool, size - (REPORT if task == "reports" else 0), depth)
+            if task == "reports":
+                context = "\n\n\n".join(t["text"] for t in chosen)
+            else:
+                articles = [a for t in chosen for a in t["articles"]]
+                rng.shuffle(articles)
+                context = "\n\n".join(f"{a['outlet']}. {a['text']}" for a in articles)
+            for target in needed:
+                turns[target["title"]] += 1
+                example = rng.choice([t for t in pool if t not in chosen] if len(chosen) < len(pool) else pool)
+                lead, rest = begun(target["summary"])
+                start = f"{example['title']}: {example['summary']}\n{target['title']}: {lead}"
+                fact = target["text"] if task == "reports" else target["articles"][0]["text"]
+                record(task, tasks[task], context, start, [rest], fact)
+    return tasks
+
+
+def few_shot_tasks(rng, questions, dialogues):
+    """Question types and conversations, learned from examples in the prompt: {task: records}."""
+    tasks, classes = {"qtype": [], "chats": []}, sorted({q["type"] for q in questions})
+    asked, told = rng.sample(questions, CONTEXTS * QUESTIONS), rng.sample(dialogues, CONTEXTS * QUESTIONS)
+    for i, (size, _) in enumerate(plan(CONTEXTS)):
+        targets = asked[QUESTIONS * i:QUESTIONS * (i + 1)]
+        examples = [q for q in rng.sample(questions, len(questions)) if q not in targets][:size // 14]
+        context = "\n".join(f"Question: {q['question']}\nType: {q['type']}" for q in examples)
+        for q in targets:
+            record("qtype", tasks["qtype"], context, f"Question: {q['question']}\nType:", [q["type"]], classes=classes)
+        targets = told[QUESTIONS * i:QUESTIONS * (i + 1)]
+        examples = [d for d in rng.sample(dialogues, len(dialogues)) if d not in targets][:size // 120]
+        context = "\n\n".join(f"Conversation:\n{d['dialogue']}\nIn short: {d['summary']}" for d in examples)
+        for d in targets:
+            lead, rest = begun(d["summary"])
+            record("chats", tasks["chats"], context, f"Conversation:\n{d['dialogue']}\nIn short: {lead}", [rest])
+    return tasks
+
+
+def numbered_tasks(rng, passages):
+    """Which passage, by the mark it carries, and how many there are: {task: records}."""
+    tasks, used = {"count": [], "which": []}, set()
+    for size, depth in plan(CONTEXTS):
+        chosen = fill(rng, [], passages, size, depth)
+        targets = [at_depth(chosen, (depth + k / QUESTIONS) % 1, used) for k in range(QUESTIONS)]
+        marked = targets + rng.sample([p for p in chosen if p not in targets], 1)  # more marks are beyond this model
+        marks = {p["title"]: m for p, m in zip(marked, rng.sample(range(10000, 100000), len(marked)))}
+        context = "\n\n".join(p["text"] + (f" The shelf mark of {p['title']} is {marks[p['title']]}." if p["title"] in marks else "")
+                              for p in chosen)
+        for target in targets:
+            record("which", tasks["which"], context, f"What is the shelf mark of {target['title']}?", [str(marks[target["title"]])],
+                   target["text"])
+        for k in range(QUESTIONS):
+            chosen = fill(rng, [], passages, size, depth)
+            context = "\n\n".join(f"Paragraph {n}: {p['text']}" for n, p in enumerate(chosen, 1))
+            record("count", tasks["count"], context, "The paragraphs end here. The last one was Paragraph", [str(len(chosen))])
+    return tasks
+
+
+def code_tasks(rng, files):
+    """The next line of a long file, and of a file whose project stands before it: {task: records}."""
+    tasks = {"lines": [], "repo": []}
+
+    def target_line(lines, start, stop):
+        """A line to complete between start and stop: long enough to mean something, with a name that stood far above."""
+        ends = [n for n in range(start, min(stop, len(lines))) if 20 < len(lines[n].strip()) < 90 and '"""' not in lines[n] and lines[n - 1].strip()
                 and any(len(w) > 5 and w in "\n".join(lines[:n // 2]) for w in re.findall(r"\w+", lines[n]))]
-        end = rng.choice(ends)
-        context = "".join(f"# file: {f['path']}\n{f['code'].strip()}\n\n\n" for f in own[:(1, 1, 2, 0)[i % 4]])
-        body = f"# file: {last['path']}\n" + "\n".join(lines[:end]) + "\n"
-        tasks["repo"].append(record("repo", i, context, body, [lines[end]]))
+        return rng.choice(ends)
+
+    projects = {}
+    for f in files:
+        projects.setdefault(f["path"].split("/")[0], []).append(f)
+    solo = projects.pop("solo")  # long files that stand alone
+    groups = list(projects.values())
+    for i, (_, depth) in enumerate(plan(CONTEXTS * QUESTIONS)):
+        f = solo[i % len(solo)]
+        lines = f["code"].strip().split("\n")
+        start = int(len(lines) * (0.3 + 0.6 * depth))
+        end = target_line(lines, start, start + 40)
+        record("lines", tasks["lines"], f"# {f['path']}\n" + "\n".join(lines[:end]), "", [lines[end]])
+    for i, (size, _) in enumerate(plan(CONTEXTS)):
+        own = groups[i % len(groups)]
+        last = own[-1 - i // len(groups) % 2]
+        others = [f for f in own if f is not last] + [f for g in groups if g is not own for f in g]
+        context, lines = "", last["code"].strip().split("\n")
+        for f in others:
+            if words(context + f["code"]) < size * 0.48:  # code has more tokens a word
+                context += f"# file: {f['path']}\n{f['code'].strip()}\n\n\n"
+        for k in range(QUESTIONS):
+            end = target_line(lines, len(lines) // 2, len(lines))
+            start = max(end - 6, 0)
+            record("repo", tasks["repo"], context + f"# file: {last['path']}\n" + "\n".join(lines[:start]) + "\n",
+                   "\n".join(lines[start:end]), [lines[end]])
+    return tasks
+
+
+def benchmark(rng):
+    """All twelve tasks: {task: records}."""
+    passages, reports, events = bank("eval_passages_*.jsonl"), bank("eval_reports_*.jsonl"), bank("eval_events.jsonl")
+    events = [{**e, "text": "\n\n".join(a["text"] for a in e["articles"])} for e in events]
+    return {**question_tasks(rng, passages, reports, bank("eval_links_*.jsonl")), **summary_tasks(rng, reports, events),
+            **few_shot_tasks(rng, bank("eval_questions.jsonl"), bank("eval_dialogues.jsonl")),
+            **numbered_tasks(rng, passages), **code_tasks(rng, bank("eval_code*.jsonl"))}
+
+
+# ---------------------------------------------------------------------------------------------------- needles and RULER
+
+NEEDLE_PROMPTS = {"needle": "{context}\n\n{input}"}
+RULER_PROMPTS = {"multikey": "{context}\n\n{input}", "multivalue": "{context}\n\n{input}", "tracking": "{context}\n\n{input}"}
+LENGTHS = (700, 1400, 2700, 4700)  # words of hay, about 1,000 / 2,000 / 4,000 / 7,000 tokens
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+PER_LENGTH = 6  # records of each RULER task and length
+
+
+def sentences_of(rng, passages, n_words):
+    """Hay: sentences of passages in their order, about n_words words."""
+    chosen = fill(rng, [], passages, n_words, 0.0)
+    return [s for p in chosen for s in re.split(r"(?<=[.?!]) ", p["text"])]
+
+
+def bury(hay, needles):
+    """Insert (depth, sentence) pairs into a list of sentences; returns one text."""
+    for place, needle in sorted(((round(d * len(hay)), n) for d, n in needles), reverse=True):
+        hay.insert(place, needle)
+    return " ".join(hay)
+
+
+def needles(rng, passages):
+    """Every length x depth x number of competing needles: one sentence tells the code asked for, others the codes of others."""
+    rows = []
+    for n_needles in (1, 2, 4):
+        for n_words in LENGTHS:
+            for depth in DEPTHS:
+                owners = rng.sample(passages, n_needles)
+                codes = rng.sample(range(10000, 100000), n_needles)
+                facts = [f"The archive code of {p['title']} is {code}." for p, code in zip(owners, codes)]
+                hay = sentences_of(rng, [p for p in passages if p not in owners], n_words)
+                places = [depth, *((depth + i / n_needles) % 1 for i in range(1, n_needles))]
+                record("needle", rows, bury(hay, list(zip(places, facts))), f"What is the archive code of {owners[0]['title']}?",
+                       [str(codes[0])], facts[0], needles=n_needles)
+                rows[-1]["depth"] = depth  # the planned one: cells of a grid
+    return {"needle": rows}
+
+
+def ruler(rng, passages):
+    """Many keys, several values of one key, and chains of assignments: {task: records}."""
+    tasks = {name: [] for name in RULER_PROMPTS}
+    for n_words in LENGTHS:
+        for i in range(PER_LENGTH):
+            depth = (i + 0.5) / PER_LENGTH
+            owners, codes = rng.sample(passages, 16), rng.sample(range(10000, 100000), 16)
+            facts = [f"The locker number of {p['title']} is {code}." for p, code in zip(owners, codes)]
+            places = [depth, *(rng.random() for _ in owners[1:])]
+            context = bury(sentences_of(rng, passages, n_words), list(zip(places, facts)))
+            record("multikey", tasks["multikey"], context, f"What is the locker number of {owners[0]['title']}?",
+                   [str(codes[0])], facts[0])
+
+            owner, codes = rng.choice(passages), rng.sample(range(1000, 10000), 3)
+            facts = [f"One badge number of {owner['title']} is {code}." for code in codes]
+            context = bury(sentences_of(rng, passages, n_words), [((depth + k / 3) % 1, f) for k, f in enumerate(facts)])
+            record("multivalue", tasks["multivalue"], context, f"There are three badge numbers of {owner['title']}. List all of them.",
+                   [", ".join(map(str, codes))], facts[0])
+
+            value = rng.randint(10000, 99999)
+            names = ["".join(rng.choice("ABCDEFGHKLMNPRSTUVWX") for _ in range(4)) for _ in range(3)]
+            chain = [f"Note: {names[0]} = {value}.", *(f"Note: {b} = {a}." for a, b in zip(names, names[1:]))]
+            places = sorted((depth + k / 3) % 1 for k in range(3))
+            context = bury(sentences_of(rng, passages, n_words), list(zip(places, chain)))
+            record("tracking", tasks["tracking"], context,
+                   f"Which names have the value {value}? {value} = {names[0]}, then {names[0]} =", [", ".join(names[1:])], chain[0])
     return tasks
 
 
@@ -196,19 +426,31 @@ def calibration(rng):
     return out
 
 
+def write_suite(name, tasks, prompts, max_new):
+    """One directory in LongBench's layout."""
+    for part in ("data", "config"):
+        (HERE / name / part).mkdir(parents=True, exist_ok=True)
+    for task, rows in tasks.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (HERE / name / "data" / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{name}/{task}: {len(rows)} records")
+    for key, content in (("prompt", prompts), ("maxlen", max_new)):
+        (HERE / name / "config" / f"dataset2{key}.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for part in ("data", "config"):
-        (HERE / "mini_longbench" / part).mkdir(parents=True, exist_ok=True)
-    outputs = {f"mini_longbench/data/{task}.jsonl": rows for task, rows in benchmark(random.Random(args.seed)).items()}
-    outputs["calibration.jsonl"] = calibration(random.Random(args.seed + 1))
-    for name, rows in outputs.items():
-        (HERE / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{name}: {len(rows)} records")
-    for name, content in (("dataset2prompt", PROMPTS), ("dataset2maxlen", MAX_NEW)):
-        (HERE / "mini_longbench/config" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+    write_suite("mini_longbench", benchmark(random.Random(args.seed)), PROMPTS, MAX_NEW)
+    passages = bank("eval_passages_*.jsonl")
+    write_suite("needles", needles(random.Random(args.seed + 2), passages), NEEDLE_PROMPTS, {"needle": 20})
+    write_suite("ruler", ruler(random.Random(args.seed + 3), passages), RULER_PROMPTS,
+                {"multikey": 20, "multivalue": 40, "tracking": 16})
+    rows = calibration(random.Random(args.seed + 1))
+    (HERE / "calibration.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                                            encoding="utf-8")
+    print(f"calibration.jsonl: {len(rows)} prompts")
 
 
 if __name__ == "__main__":
