@@ -35,7 +35,7 @@ from model import KVCache, UserError, load
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 HERE = Path(__file__).parent
 DEFAULT_DATA, DEFAULT_TABLES = HERE / "data" / "mini_longbench", HERE / "tables" / "smollm2-135m.npz"
-BUDGETS = (64, 128, 512)
+BUDGETS = (128, 512)
 PROTOCOLS = ("query-aware", "query-agnostic")
 SAMPLE = 16            # records a task without --full: a multiple of the records that share a context
 RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interval
@@ -417,81 +417,81 @@ def worst_tenth(values):
 
 
 def rank_correlation(x, y):
-    """Spearman's rho: correlation of the ranks, ties sharing their mean rank; nan where one side is constant."""
+    """Spearman's rho: correlation of the ranks, ties sharing their mean rank; None where one side is constant."""
     def ranks(v):
         _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     rx, ry = ranks(np.asarray(x)), ranks(np.asarray(y))
-    return float(np.corrcoef(rx, ry)[0, 1]) if rx.std() and ry.std() else float("nan")
+    return float(np.corrcoef(rx, ry)[0, 1]) if rx.std() and ry.std() else None
 
 
-def columns(records):
-    """{(protocol, policy, budget): {column: values in the order of the records}}."""
+def columns(records, protocol):
+    """{(policy, budget): {column: values in the order of the records}} of one protocol, the full cache included."""
     table = collections.defaultdict(lambda: collections.defaultdict(list))
     for record in records:
         for result in record["results"]:
-            for name, value in zip(COLUMNS[3:], result[3:]):
-                table[tuple(result[:3])][name].append(value)
-    return {key: {name: values if name == "answer" else np.array(values) for name, values in by_name.items()}
-            for key, by_name in table.items()}
+            row = dict(zip(COLUMNS, result))
+            if row["protocol"] in (protocol, "full"):
+                for name in COLUMNS[3:]:
+                    table[row["policy"], row["budget"]][name].append(row[name])
+    return {key: {name: np.array(values) for name, values in by_name.items()} for key, by_name in table.items()}
 
 
-def summarise(records, clusters, seed):
-    """One object a protocol, policy and budget. The same resamples for all, so that differences are paired.
+def summarise(records, clusters, protocol, seed):
+    """One object a policy and budget of one protocol, over the records that were judged under it.
 
+    clusters: the number of each record's context. The same resamples serve all, so that differences are paired.
     score: mean over tasks of the mean over records, as LongBench averages; dNLL and the rest: mean over records.
     failures: share of the records that the full cache gets right and this one does not; agreement: word F1 with the
     full cache's answer; by depth: mean dNLL by fifths of the place of the needed fact.
     """
-    table, counts, summary = columns(records), resamples(clusters, seed), []
-    tasks = np.array([r["task"] for r in records])
-    weights = 1 / np.array([(tasks == task).sum() for task in tasks])  # every task counts the same
-    depth = np.array([np.nan if r["depth"] is None else r["depth"] for r in records])
-    mean_score = lambda v: float(weights @ v / weights.sum())
-    full = table.get(("full", "full", None))
-    for (protocol, policy, budget), values in table.items():
+    table, counts, summary = columns(records, protocol), resamples(clusters, seed), []
+    task = np.array([r["task"] for r in records])
+    category = np.array([TASKS[t].category for t in task])
+    fifth = np.array([-1 if r["depth"] is None else min(int(5 * r["depth"]), 4) for r in records])
+    risks = np.array([r["entropy_perplexity"][protocol] for r in records])  # (records, 2)
+    weights = 1 / np.array([(task == t).sum() for t in task])  # every task counts the same
+    mean_score = lambda v, at=slice(None): float((weights * v)[at].sum() / weights[at].sum())
+    where = lambda v, at: float(v[at].mean()) if at.any() else None
+    full = table.get(("full", None))
+    for (policy, budget), values in table.items():
         points, dnll = values["score"], values["dnll"]
         row = {"protocol": protocol, "policy": policy, "budget": budget, "oracle": policy == "hindsight", "n": len(points),
                "score": mean_score(points), "score_ci": interval(points, counts, weights),
                "dnll": float(dnll.mean()), "dnll_ci": interval(dnll, counts), "dnll_worst_tenth": worst_tenth(dnll),
                "kept_mean": float(values["kept"].mean()), "kv_bytes_mean": float(values["kv_bytes"].mean()),
-               "gated": float(values["gated"].mean()), "select_ms": float(1000 * np.median(values["select_seconds"])),
-               "score_by_task": {t: float(points[tasks == t].mean()) for t in dict.fromkeys(tasks.tolist())},
-               "dnll_by_depth": [float(dnll[at].mean()) if (at := (depth >= i / 5) & (depth < (i + 1) / 5 + (i == 4))).any()
-                                 else None for i in range(5)]}
-        groups = [TASKS[t].category for t in tasks]
-        row["by_category"] = {c: {"score": mean_score(np.where(at, points, 0)) * weights.sum() / weights[at].sum(),
-                                  "dnll": float(dnll[at].mean()), "kv_bytes": float(values["kv_bytes"][at].mean())}
-                              for c in dict.fromkeys(groups) if (at := np.array([g == c for g in groups])).any()}
-        if full and policy != "full":
-            right = full["score"] >= RIGHT
-            row["failures"] = float((points[right] < RIGHT).mean()) if right.any() else None
-            row["agreement"] = float(np.mean([100 * (a == b or token_f1(a, b, None))
-                                              for a, b in zip(values["answer"], full["answer"])]))
-        rival = table.get((protocol, "snapkv", budget))
-        if rival and policy not in ("snapkv", "full"):  # paired by record
+               "gated": float(values["gated"].mean()),
+               "score_by_task": {t: where(points, task == t) for t in dict.fromkeys(task.tolist())},
+               "by_category": {c: {"score": mean_score(points, category == c), "kv_bytes": where(values["kv_bytes"], category == c)}
+                               for c in dict.fromkeys(category.tolist())},
+               "dnll_by_depth": [where(dnll, fifth == i) for i in range(5)]}
+        rival = table.get(("snapkv", budget))
+        if rival and policy != "snapkv":  # paired by record
             for name, weight in (("score", weights), ("dnll", np.ones(len(dnll)))):
                 difference = values[name] - rival[name]
                 row[f"{name}_minus_snapkv"] = float(weight @ difference / weight.sum())
                 row[f"{name}_minus_snapkv_ci"] = interval(difference, counts, weight)
-        if protocol in PROTOCOLS:
-            row["risk"] = risk_report(np.array([r["entropy_perplexity"][protocol] for r in records]), dnll, tasks)
+        if policy != "full":
+            row["risk"] = risk_report(risks, dnll, task)
+            if full:
+                row["failures"] = where(100.0 * (points < RIGHT), full["score"] >= RIGHT)
+                row["agreement"] = float(np.mean([100 * (a == b or token_f1(a, b, None))
+                                                  for a, b in zip(values["answer"].tolist(), full["answer"].tolist())]))
         summary.append(row)
     return summary
 
 
-def risk_report(risks, dnll, tasks):
-    """Do the two risk signals of Eq. 7, (records, 2), predict dNLL? Mean dNLL by quarter of each, and rank correlations.
+def risk_report(risks, dnll, task):
+    """Do the two risk signals of Eq. 7, (records, 2), predict dNLL? Rank correlations, and mean dNLL by quarter of each.
 
     within: the mean of the tasks' own correlations, which no difference between tasks can feign.
     """
     out = {}
     for name, x in zip(("entropy", "perplexity"), risks.T):
-        edges = np.quantile(x, (0.25, 0.5, 0.75))
-        quarter = np.searchsorted(edges, x, side="right")
-        within = [rank_correlation(x[tasks == t], dnll[tasks == t]) for t in dict.fromkeys(tasks.tolist())]
-        out[name] = {"edges": edges.round(3).tolist(), "spearman": rank_correlation(x, dnll),
-                     "within": float(np.mean([w for w in within if w == w])) if any(w == w for w in within) else None,
+        quarter = np.searchsorted(np.quantile(x, (0.25, 0.5, 0.75)), x, side="right")
+        within = [rank_correlation(x[task == t], dnll[task == t]) for t in dict.fromkeys(task.tolist())]
+        within = [rho for rho in within if rho is not None]
+        out[name] = {"spearman": rank_correlation(x, dnll), "within": float(np.mean(within)) if within else None,
                      "dnll_by_quarter": [float(dnll[quarter == q].mean()) if (quarter == q).any() else None
                                          for q in range(4)]}
     return out
@@ -512,43 +512,50 @@ def lines_of(head, rows):
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def markdown(summary, records):
-    """The report's tables, as Markdown: what was asked, then each protocol's results, tails and risk, never mixed."""
+def task_table(records):
+    """What was asked, and how the full cache answers."""
+    table = columns(records, None).get(("full", None))
+    rows = []
+    for t in dict.fromkeys(r["task"] for r in records):
+        at = [i for i, r in enumerate(records) if r["task"] == t]
+        lengths = [records[i]["n_tokens"] for i in at]
+        rows.append([t, TASKS[t].category, str(len(at)), f"{min(lengths)} / {int(np.median(lengths))} / {max(lengths)}",
+                     cell(table and table["score"][at].mean(), "{:.1f}")])
+    return lines_of(["task", "category", "records", "prompt tokens (min / median / max)", "full-cache score"], rows)
+
+
+def protocol_tables(summary):
+    """Results, tails, tasks and risk of one protocol, as lines of Markdown."""
+    protocol, part = summary[0]["protocol"], [s for s in summary if s["policy"] != "full"]
     full = next((s for s in summary if s["policy"] == "full"), None)
-    tasks = list(summary[0]["score_by_task"])
-    ranged = lambda v: f"{min(v)} / {int(np.median(v))} / {max(v)}"
-    out = lines_of(["task", "category", "records", "prompt tokens (min / median / max)", "full-cache score"],
-                   [[t, TASKS[t].category, str(len(lengths)), ranged(lengths), cell(full and full["score_by_task"][t], "{:.1f}")]
-                    for t in tasks if (lengths := [r["n_tokens"] for r in records if r["task"] == t])])
-    for protocol in PROTOCOLS:
-        part = [s for s in summary if s["protocol"] == protocol]
-        if not part:
-            continue
-        shown = [full] * bool(full) + part
-        paired = lambda s, name, form: form.format(s[name], *s[name + "_ci"]) if name in s else "-"
-        first = lambda s: [str(s["budget"] or "all"), label(s["policy"])]
-        out += [f"### {protocol}", ""] + lines_of(
-            ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]",
-             "kept a layer", "gated %", "KV MB"],
-            [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
-                         paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
-                         paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
-                         f"{100 * s['gated']:.0f}", f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
-        out += [f"Tails, {protocol}: worst tenth of dNLL; failures, % of what the full cache gets right; agreement with the "
-                "full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""] + lines_of(
-            ["budget", "policy", "worst tenth", "failures %", "agreement", "0-20%", "20-40%", "40-60%", "60-80%", "80-100%"],
-            [first(s) + [f"{s['dnll_worst_tenth']:.2f}", cell(s.get("failures") and 100 * s["failures"], "{:.0f}"),
-                         cell(s.get("agreement"), "{:.0f}"), *map(cell, s["dnll_by_depth"])] for s in part])
-        out += [f"Scores by task, {protocol}:", ""] + lines_of(
-            ["budget", "policy", *tasks], [first(s) + [f"{s['score_by_task'][t]:.1f}" for t in tasks] for s in shown])
-        out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho with dNLL over all records and within tasks, "
-                "mean dNLL by rising quarter.", ""] + lines_of(
-            ["budget", "policy", "entropy rho", "within", "by quarter", "perplexity rho", "within", "by quarter"],
-            [first(s) + [x for name in ("entropy", "perplexity") for r in [s["risk"][name]]
-                         for x in (f"{r['spearman']:+.2f}", cell(r["within"], "{:+.2f}"),
-                                   " / ".join(map(cell, r["dnll_by_quarter"])))]
-             for s in part if s["policy"] in ("snapkv", "compilerkv-paper", "compilerkv")])
-    return "\n".join(out)
+    shown = [full] * bool(full) + part
+    paired = lambda s, name, form: form.format(s[name], *s[name + "_ci"]) if name in s else "-"
+    first = lambda s: [str(s["budget"] or "all"), label(s["policy"])]
+    out = [f"### {protocol}, {part[0]['n']} records", ""]
+    out += lines_of(
+        ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]", "kept a layer",
+         "gated %", "KV MB"],
+        [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
+                     paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
+                     paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
+                     f"{100 * s['gated']:.0f}", f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
+    out += [f"Tails, {protocol}: worst tenth of dNLL; failures, % of the records that the full cache gets right; agreement with "
+            "the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""]
+    out += lines_of(
+        ["budget", "policy", "worst tenth", "failures %", "agreement", "0-20%", "20-40%", "40-60%", "60-80%", "80-100%"],
+        [first(s) + [f"{s['dnll_worst_tenth']:.2f}", cell(s.get("failures"), "{:.0f}"), cell(s.get("agreement"), "{:.0f}"),
+                     *map(cell, s["dnll_by_depth"])] for s in part])
+    tasks = list(part[0]["score_by_task"])
+    out += [f"Scores by task, {protocol}:", ""]
+    out += lines_of(["budget", "policy", *tasks], [first(s) + [f"{s['score_by_task'][t]:.1f}" for t in tasks] for s in shown])
+    out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho of each signal with dNLL over all records, the mean "
+            "of rho within tasks, and mean dNLL by rising quarter of the signal.", ""]
+    out += lines_of(
+        ["budget", "policy", "entropy rho", "within tasks", "by quarter", "perplexity rho", "within tasks", "by quarter"],
+        [first(s) + [x for r in s["risk"].values() for x in (cell(r["spearman"], "{:+.2f}"), cell(r["within"], "{:+.2f}"),
+                                                             " / ".join(map(cell, r["dnll_by_quarter"])))]
+         for s in part if s["policy"] in ("snapkv", "compilerkv-paper", "compilerkv")])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -577,67 +584,61 @@ def finish(figure, axes, title, path):
     save_figure(figure, path)
 
 
-def draw_quality(summary, protocol, path, title):
+def draw_quality(summary, path, title):
     """Against the megabytes kept: dNLL and worst tenth over all records, then the score of each category."""
-    part = [s for s in summary if s["protocol"] == protocol]
-    full = next((s for s in summary if s["policy"] == "full"), None)
-    categories = list(part[0]["by_category"])
-    panels = [("all: dNLL, nats a token", lambda s: s["dnll"], lambda s: s["kv_bytes_mean"]),
-              ("all: dNLL of the worst tenth", lambda s: s["dnll_worst_tenth"], lambda s: s["kv_bytes_mean"])]
-    panels += [(f"{c}: score", lambda s, c=c: s["by_category"][c]["score"], lambda s, c=c: s["by_category"][c]["kv_bytes"])
-               for c in categories]
+    part, full = [s for s in summary if s["policy"] != "full"], next((s for s in summary if s["policy"] == "full"), None)
+    panels = [("all: dNLL, nats a token", lambda s: (s["kv_bytes_mean"], s["dnll"])),
+              ("all: dNLL of the worst tenth", lambda s: (s["kv_bytes_mean"], s["dnll_worst_tenth"]))]
+    panels += [(f"{c}: score", lambda s, c=c: (s["by_category"][c]["kv_bytes"], s["by_category"][c]["score"]))
+               for c in part[0]["by_category"]]
     width = -(-len(panels) // 2)
     figure, axes = plt.subplots(2, width, figsize=(3.3 * width + 2, 6.2), layout="constrained", squeeze=False)
-    for axis, (name, y, x) in zip(axes.flat, panels):
+    for axis, (name, point) in zip(axes.flat, panels):
         for policy in dict.fromkeys(s["policy"] for s in part):
-            line = sorted((x(s) / 1e6, y(s), s["budget"]) for s in part if s["policy"] == policy)
-            axis.plot([p[0] for p in line], [p[1] for p in line], **style(policy))
+            x, y = np.array(sorted(point(s) for s in part if s["policy"] == policy)).T
+            axis.plot(x / 1e6, y, **style(policy))
         if full:
-            axis.axhline(y(full), color="grey", linestyle="--", linewidth=1, label="full cache")
+            axis.axhline(point(full)[1], color="grey", linestyle="--", linewidth=1, label="full cache")
         axis.set_xscale("log", base=2)
-        ticks = sorted({round(s["kv_bytes_mean"] / 1e6, 1) for s in part if s["policy"] == "snapkv"}) or [1]
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set(title=name, xlabel="KV megabytes kept")
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     finish(figure, axes.flat[:len(panels)], title, path)
 
 
-def draw_tails(summary, records, protocol, budget, path, title):
+def draw_tails(summary, records, budget, path, title):
     """Where it fails at one budget: share of records above each dNLL, dNLL by place of the fact, by entropy, by perplexity."""
-    table, part = columns(records), [s for s in summary if s["protocol"] == protocol and s["budget"] == budget]
+    table = columns(records, summary[0]["protocol"])
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
-    for s in part:
-        dnll = np.sort(table[protocol, s["policy"], budget]["dnll"])
-        look = style(s["policy"])
+    for s in (s for s in summary if s["budget"] == budget):
+        dnll, look = np.sort(table[s["policy"], budget]["dnll"]), style(s["policy"])
         axes[0].plot(dnll, 100 * (1 - np.arange(len(dnll)) / len(dnll)), **{**look, "marker": None})
-        for axis, values in zip(axes[1:], (s["dnll_by_depth"], s["risk"]["entropy"]["dnll_by_quarter"],
-                                           s["risk"]["perplexity"]["dnll_by_quarter"])):
+        for axis, values in zip(axes[1:], (s["dnll_by_depth"], *(r["dnll_by_quarter"] for r in s["risk"].values()))):
             axis.plot(range(len(values)), [np.nan if v is None else v for v in values], **look)
     axes[0].set(yscale="log", xlim=(-1, None), xlabel="dNLL, nats a token", ylabel="% of records above", title="Tail")
+    axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[1].set(xlabel="where in the context the needed fact stands", ylabel="mean dNLL", title="Lost facts")
     axes[1].set_xticks(range(5), ["0-20%", "20-40%", "40-60%", "60-80%", "80-100%"])
     for axis, name in zip(axes[2:], ("attention entropy", "perplexity of the window")):
-        axis.set(xlabel=f"quarter of the records by {name}", title=f"Risk: {name}")
+        axis.set(xlabel=f"quarter of the records by {name}", ylabel="mean dNLL", title=f"Risk: {name}")
         axis.set_xticks(range(4), ["lowest", "2nd", "3rd", "highest"])
     finish(figure, axes, f"{title}, budget {budget}", path)
 
 
 def draw_needles(records, protocol, path, title):
-    """Needle heat maps: one panel a policy and number of needles, score by length and depth, mean over budgets."""
-    table = columns(records)
-    policies = list(dict.fromkeys(key[1] for key in table if key[0] in (protocol, "full")))
-    numbers = sorted({r["needles"] for r in records})
-    lengths = sorted({round(r["n_tokens"], -3) for r in records})
-    depths = sorted({round(5 * r["depth"]) / 5 for r in records})
+    """Needle heat maps: a row a number of needles, a column a policy; score by length and depth, mean over budgets."""
+    table = columns(records, protocol)
+    cells = [(r["needles"], round(r["n_tokens"], -3), r["depth"]) for r in records]
+    numbers, lengths, depths = (sorted(set(values)) for values in zip(*cells))
+    policies = list(dict.fromkeys(policy for policy, _ in table))
     figure, axes = plt.subplots(len(numbers), len(policies), figsize=(1.75 * len(policies) + 1.5, 1.9 * len(numbers) + 1),
                                 layout="constrained", squeeze=False, sharex=True, sharey=True)
     for axis, (number, policy) in zip(axes.flat, itertools.product(numbers, policies)):
-        points = np.mean([v["score"] for key, v in table.items() if key[0] in (protocol, "full") and key[1] == policy], 0)
+        points = np.mean([values["score"] for key, values in table.items() if key[0] == policy], axis=0)
         image = np.full((len(depths), len(lengths)), np.nan)
         for i, j in np.ndindex(*image.shape):
-            here = [p for p, r in zip(points, records) if r["needles"] == number and round(r["n_tokens"], -3) == lengths[j]
-                    and round(5 * r["depth"]) / 5 == depths[i]]
+            here = [p for p, c in zip(points, cells) if c == (number, lengths[j], depths[i])]
             image[i, j] = np.mean(here) if here else np.nan
         shown = axis.imshow(image, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
@@ -650,37 +651,27 @@ def draw_needles(records, protocol, path, title):
     save_figure(figure, path)
 
 
-def draw_kept(model, record, policies, budget, tables, path, columns_=118):
+def draw_kept(model, record, args, budget, tables, path, width=104):
     """Which tokens of one prompt each policy kept, as text: the darker, the more (layer, KV head) pairs kept the token."""
-    prompt = encode(record, model)
-    logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
-    ahead = look_ahead(model, cache, prompt.gold)
-    policies = [p for p in policies if p not in ("full", "random")]
-    made = compress(policies, [budget], observation, cache, tables, ahead)
-    figure, axes = plt.subplots(-(-len(policies) // 2), 2, figsize=(17, 4.6 * -(-len(policies) // 2)), layout="constrained",
-                                squeeze=False)
+    prompt, policies = encode(record, model), [p for p in args.policies if p not in ("full", "random", "pyramidkv")]
+    _, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
+    made = compress(policies, [budget], observation, cache, tables, look_ahead(model, cache, prompt.gold))
+    letters = [(t, c) for t, token in enumerate(prompt.tokens) for c in model.tokenizer.decode([token]).replace("\n", " ")]
+    height, n_rows = -(-len(letters) // width), -(-len(policies) // 2)
+    figure, axes = plt.subplots(n_rows, 2, figsize=(17, n_rows * (0.155 * height + 0.6)), layout="constrained", squeeze=False)
     for axis, policy in zip(axes.flat, policies):
         small = made[policy, budget][0]
-        kept = torch.cat([small.layer(l)[2].flatten() for l in range(len(small.k))]).bincount(minlength=len(prompt.tokens))
-        share = kept / (model.config.n_layer * model.config.n_kv_head)
-        text, shade = [""], [[]]
-        for t, x in zip(prompt.tokens, share.tolist()):
-            for c in model.tokenizer.decode([t]).replace("\n", " "):
-                if len(text[-1]) == columns_:
-                    text.append("")
-                    shade.append([])
-                text[-1] += c
-                shade[-1].append(x)
-        grid = np.array([row + [np.nan] * (columns_ - len(row)) for row in shade])
-        axis.imshow(grid, cmap="YlOrRd", vmin=0, vmax=1, aspect="auto", extent=(0, columns_, len(text), 0))
-        for i, line in enumerate(text):
-            for j, c in enumerate(line):
-                axis.text(j + 0.5, i + 0.55, c, family="monospace", fontsize=5.2, ha="center", va="center")
+        slots = torch.cat([small.layer(l)[2].flatten() for l in range(len(small.k))])
+        share = slots.bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
+        shades = np.full(height * width, np.nan)
+        shades[:len(letters)] = [share[t] for t, _ in letters]
+        axis.imshow(shades.reshape(height, width), cmap="OrRd", vmin=0, vmax=1.6, aspect="auto", extent=(0, width, height, 0))
+        for i, (_, c) in enumerate(letters):
+            axis.text(i % width + 0.5, i // width + 0.55, c, family="monospace", fontsize=6.5, ha="center", va="center")
+        axis.set_title(f"{label(policy)}: the darker, the more layers and heads keep the token", fontsize=10)
+    for axis in axes.flat:
         axis.set_axis_off()
-        axis.set_title(f"{label(policy)}: dark = kept by all layers and heads", fontsize=9)
-    for axis in axes.flat[len(policies):]:
-        axis.set_axis_off()
-    figure.suptitle(f"{record['_id']}, budget {budget} of {len(prompt.tokens)} tokens. The answer: {record['answers'][0]}", fontsize=10)
+    figure.suptitle(f"{record['_id']}, {budget} of {len(prompt.tokens)} tokens a layer; the answer: {record['answers'][0]}")
     save_figure(figure, path)
 
 
@@ -764,40 +755,39 @@ def main(argv=None):
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
     finished, interrupted, journal = run(model, work, args, tables, settings)
-    results = [row for rows, _ in finished for row in rows]
-    clusters = [i for i, (rows, _) in enumerate(finished) for _ in rows]
-    summary = summarise(results, clusters, args.seed)
+    results = [(row, i) for i, (rows, _) in enumerate(finished) for row in rows]  # with the number of their context
+    records_done = [row for row, _ in results]
+    judged = {protocol: [(row, i) for row, i in results if any(r[0] == protocol for r in row["results"])]
+              for protocol in args.protocols}
+    summaries = {protocol: summarise(*map(list, zip(*part)), protocol, args.seed) for protocol, part in judged.items() if part}
     meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
-            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(r["cut"] for r in results)}
+            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in records_done)}
     head = (f"{len(results)} records on {len(finished)} contexts of {meta['data']}, {model.name}, {meta['dtype']}, seed {args.seed}, "
             f"{meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
-    report = f"{head}\n\n{markdown(summary, results)}"
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in results)  # a line a record
+    report = "\n".join([head, "", *task_table(records_done), *(x for s in summaries.values() for x in protocol_tables(s))])
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in records_done)  # a line a record
     ckv.write_atomically(args.out / "eval.json", f'{{"meta": {json.dumps(meta)},\n"columns": {json.dumps(COLUMNS)},\n'
-                                                 f'"summary": {json.dumps(summary)},\n"records": [\n{rows}\n]}}\n')
+                                                 f'"summary": {json.dumps([s for part in summaries.values() for s in part])},\n'
+                                                 f'"records": [\n{rows}\n]}}\n')
     ckv.write_atomically(args.out / "report.md", report)
-    if set(args.policies) != {"full"}:
-        draw(model, summary, results, records, args, tables, f"{len(results)} records of {meta['data']}")
+    budget = 128 if 128 in args.budgets else args.budgets[0]
+    for protocol, summary in summaries.items():
+        part = [row for row, _ in judged[protocol]]
+        title = f"{len(part)} records of {meta['data']}, {protocol}"
+        draw_quality(summary, args.out / f"quality-{protocol}.png", title)
+        draw_tails(summary, part, budget, args.out / f"tails-{protocol}.png", title)
+        if all(row["needles"] for row in part):
+            draw_needles(part, protocol, args.out / f"needles-{protocol}.png", f"{title}, mean over budgets")
+    if summaries:  # a short prompt whose needed fact stands near the middle
+        example = min(records_done, key=lambda row: (abs((row["depth"] or 0) - 0.5) > 0.2, row["n_tokens"]))["id"]
+        draw_kept(model, next(r for r in records if r["_id"] == example), args, budget, tables, args.out / "kept.png")
     print(report)
-    if not interrupted:
-        journal.unlink()
     if interrupted:
         print(f"interrupted: {len(results)} of {len(records)} records are in the report; the same command goes on from here",
               file=sys.stderr)
         return 130
+    journal.unlink()
     return 0
-
-
-def draw(model, summary, results, records, args, tables, title):
-    """Every picture of the report, beside it."""
-    for protocol in PROTOCOLS:
-        draw_quality(summary, protocol, args.out / f"quality-{protocol}.png", f"{title}, {protocol}")
-        budget = 128 if 128 in args.budgets else args.budgets[0]
-        draw_tails(summary, results, protocol, budget, args.out / f"tails-{protocol}.png", f"{title}, {protocol}")
-        if all(r["needles"] for r in results):
-            draw_needles(results, protocol, args.out / f"needles-{protocol}.png", f"{title}, {protocol}, mean over budgets")
-    shortest = min(results, key=lambda r: r["n_tokens"])["id"]
-    draw_kept(model, next(r for r in records if r["_id"] == shortest), args.policies, budget, tables, args.out / "kept.png")
 
 
 def run_command(main):

@@ -321,22 +321,22 @@ class Model:
         """
         stop = self.tokenizer.stop if stop is None else stop
         B = len(cache.next_position)
-        token, rows = logits.argmax(-1).expand(B), [[] for _ in range(B)]  # (B,)
-        writes = list(range(B))  # which answer each row of the cache writes; -1 once it has ended
+        token, answers = logits.argmax(-1).expand(B), [[] for _ in range(B)]  # (B,)
+        writes = list(answers)  # the answer that each row of the cache writes; None once it has ended
         for step in range(max_new):
             for i, t in enumerate(token.tolist()):
-                if writes[i] >= 0 and t not in stop:
-                    rows[writes[i]].append(t)
-                if t in stop or ended and ended(rows[writes[i]]):
-                    writes[i] = -1
-            going = [i for i, row in enumerate(writes) if row >= 0]
+                if writes[i] is not None and t not in stop:
+                    writes[i].append(t)
+                if writes[i] is None or t in stop or ended and ended(writes[i]):
+                    writes[i] = None
+            going = [i for i, answer in enumerate(writes) if answer is not None]
             if not going or step == max_new - 1:
                 break
             if 2 * len(going) <= len(writes):  # half have ended: go on without them
                 cache, token, writes = cache.rows(going), token[going], [writes[i] for i in going]
             hidden, _, _ = self.forward(token[:, None], cache)
             token = self.logits(hidden[:, -1]).argmax(-1)
-        return rows
+        return answers
 
 
 def random_model(config, seed, dtype=torch.float32):

@@ -108,7 +108,7 @@ def begun(summary, n_lead=6, n_gold=24):
 def question_tasks(rng, passages, reports, links):
     """Single- and multi-document QA: {task: records}."""
     tasks, by_id, used = {"fieldqa": [], "reportqa": [], "hopqa": [], "kinqa": []}, {p["id"]: p for p in passages}, set()
-    asked = {r["title"]: 0 for r in reports}
+    asked = set()
     for size, depth in plan(CONTEXTS):
         chosen = fill(rng, [], passages, size, depth)
         context = "\n\n".join(f"{p['title']}\n{p['text']}" for p in chosen)
@@ -117,16 +117,16 @@ def question_tasks(rng, passages, reports, links):
             question, answer = target["qa"][k % 2]
             question, gold = begun_answer(question, target["text"], answer, n_lead=4)
             record("fieldqa", tasks["fieldqa"], context, question, [gold], target["text"])
-    for i, (size, depth) in enumerate(plan(CONTEXTS)):
-        first = min(asked, key=lambda title: (asked[title], rng.random()))  # reports take turns: there are few
-        chosen = fill(rng, [r for r in reports if r["title"] == first], reports, max(size - REPORT, 800), depth)
+    for size, depth in plan(CONTEXTS):
+        chosen = fill(rng, [], reports, max(size - REPORT, 800), depth)
         context = "\n\n\n".join(r["text"] for r in chosen)
-        for k in range(QUESTIONS):
-            target = next(r for r in chosen if r["title"] == first)
-            question, answer = target["qa"][asked[first] % len(target["qa"])]
-            asked[first] += 1
+        for k in range(QUESTIONS):  # the question, not asked before, whose answer stands nearest to the planned depth
+            place = (depth + k / QUESTIONS) % 1 * len(context)
+            target, (question, answer) = min(((r, qa) for r in chosen for qa in r["qa"] if qa[0] not in asked),
+                                             key=lambda pair: abs(context.index(pair[0]["text"]) + pair[0]["text"].index(pair[1][1]) - place))
+            asked.add(question)
             question, gold = begun_answer(question, target["text"], answer, n_lead=4)
-            record("reportqa", tasks["reportqa"], context, question, [gold], answer)
+            record("reportqa", tasks["reportqa"], context, question, [gold], gold)
     rng.shuffle(links)
     for i, (size, depth) in enumerate(plan(CONTEXTS)):
         pair = links[QUESTIONS * i:QUESTIONS * (i + 1)]
@@ -136,13 +136,12 @@ def question_tasks(rng, passages, reports, links):
         for link in pair:
             question, gold = begun_answer(link["question"], by_id[link["second"]]["text"], link["answer"], n_lead=3)
             record("hopqa", tasks["hopqa"], context, question, [gold], by_id[link["second"]]["text"])
-    people = invented_people(rng, 4 * CONTEXTS * QUESTIONS)
+    *people, parent_a, child_a = invented_people(rng, 4 * CONTEXTS * QUESTIONS + 2)  # the last pair is the worked example
     for i, (size, depth) in enumerate(plan(CONTEXTS)):
         needed = people[2 * QUESTIONS * i:2 * QUESTIONS * (i + 1)]  # parent, child, parent, child
         chosen = fill(rng, needed[::2] + needed[1::2], people, 0.85 * size, depth)  # coined names are long in tokens
         context = "\n\n".join(p["text"] for p in chosen)
         for parent, child in zip(needed[::2], needed[1::2]):
-            parent_a, child_a = people[0], people[1]
             known = (f"{child_a['name']}'s {child_a['parent']} was born in which town?\nAnswer: {child_a['name']} was the child of "
                      f"{parent_a['name']}, who was born in {parent_a['town']}.\n")
             question = f"{known}{child['name']}'s {child['parent']} was born in which town?\nAnswer: {child['name']} was the child of"
@@ -248,13 +247,15 @@ def numbered_tasks(rng, passages):
 
 def code_tasks(rng, files):
     """The next line of a long file, and of a file whose project stands before it: {task: records}."""
-    tasks = {"lines": [], "repo": []}
+    tasks, used = {"lines": [], "repo": []}, set()
 
     def target_line(lines, start, stop):
-        """A line to complete between start and stop: long enough to mean something, with a name that stood far above."""
-        ends = [n for n in range(start, min(stop, len(lines))) if 20 < len(lines[n].strip()) < 90 and '"""' not in lines[n] and lines[n - 1].strip()
+        """A new line to complete between start and stop: long enough to mean something, with a name that stood far above."""
+        ends = [n for n in range(start, min(stop, len(lines))) if 20 < len(lines[n].strip()) < 90 and lines[n] not in used and '"""' not in lines[n] and lines[n - 1].strip()
                 and any(len(w) > 5 and w in "\n".join(lines[:n // 2]) for w in re.findall(r"\w+", lines[n]))]
-        return rng.choice(ends)
+        end = rng.choice(ends)
+        used.add(lines[end])
+        return end
 
     projects = {}
     for f in files:

@@ -18,6 +18,7 @@ import torch
 import eval as evaluation
 import train_tables
 from compilerkv import MIN_BUDGET, POLICIES, Tables
+from eval import PROTOCOLS
 from helpers import gguf_meta, gguf_tensors, write_gguf
 from model import INSTALL, Config, load, random_model
 
@@ -59,13 +60,14 @@ def world(tmp_path_factory):
     write_model(root / "other.gguf", seed=2)
     write_model(root / "mamba.gguf", seed=1, **{"general.architecture": "mamba"})
     (root / "text.gguf").write_text("Dear diary\n" * 99)
-    prompts, max_new = dict.fromkeys(("fieldqa", "codes"), "{context}\n{input}"), {"fieldqa": 8, "codes": 6}
+    prompts, max_new = dict.fromkeys(("fieldqa", "needle"), "{context}\n{input}"), {"fieldqa": 8, "needle": 6}
     write_lines(root / "data" / "config" / "dataset2prompt.json", [prompts])
     write_lines(root / "data" / "config" / "dataset2maxlen.json", [max_new])
     for task in prompts:
         write_lines(root / "data" / "data" / f"{task}.jsonl", [
-            {"_id": f"{task}-{i}", "dataset": task, "context": letters(150 + 50 * i), "input": "what is it?",
-             "answers": [f"red {i}"], "all_classes": None} for i in range(2)])
+            {"_id": f"{task}-{i}", "dataset": task, "context": context, "input": f"what is {i}?", "answers": [f"red {i}"],
+             "all_classes": None, "depth": 0.5, "needles": 1 if task == "needle" else None}
+            for context in (letters(200),) for i in range(2)])  # two questions on one context
     write_lines(root / "calibration.jsonl", [
         {"id": f"c{i}", "chat": i % 2 == 0, "prompt": letters(190 + i), "continuation": letters(30)} for i in range(9)])
     train(root, root / "t.npz")
@@ -101,6 +103,7 @@ def refused(command, world, out, arguments, capsys):
     (evaluate, "--policies=snapkv,magic", "magic"), (evaluate, "--policies= , ", "empty"),
     *((evaluate, f"--budgets={budget}", f"at least {MIN_BUDGET}") for budget in ("0", "-5", "35", "64,35")),
     *((evaluate, f"--budgets={budget}", "whole numbers") for budget in ("abc", "64.5", "")),
+    (evaluate, "--protocols=query-blind", "query-blind"), (evaluate, "--tasks=none", "--tasks none"),
     (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
@@ -140,9 +143,11 @@ def test_prompts_that_are_too_long_or_too_short_are_refused(world, tmp_path, cap
     """Guards against positions the model was never trained on, reports without the long records, shares of nothing."""
     shutil.copytree(world / "data", tmp_path / "data")
     path = tmp_path / "data" / "data" / "fieldqa.jsonl"
-    path.write_text(path.read_text().replace("what is it?", "what is it? " * 40))
-    *bar, line = refused(evaluate, world, tmp_path / "out", [f"--data={tmp_path}/data"], capsys)
-    assert line.startswith("error: record fieldqa-0: ") and "512" in line and all("records:" in part for part in bar)
+    lengths = tmp_path / "data" / "config" / "dataset2maxlen.json"
+    lengths.write_text(lengths.read_text().replace("8", "400"))  # what is too long for the context loses its middle, answers not
+    path.write_text(path.read_text().replace("what is", "what is " * 40))
+    [line] = refused(evaluate, world, tmp_path / "out", [f"--data={tmp_path}/data"], capsys)
+    assert line.startswith("error: record fieldqa-0: ") and "512" in line
     write_lines(tmp_path / "short.jsonl", [{"id": "tiny", "chat": False, "prompt": "p", "continuation": "c"}] * 9)
     *bar, line = refused(train, world, tmp_path / "t.npz", [f"--data={tmp_path}/short.jsonl"], capsys)
     assert line.startswith("error: ") and "tiny" in line and all("prefill:" in part for part in bar)
@@ -160,29 +165,61 @@ def test_training_leaves_tables_their_provenance_and_pictures(world):
     assert len(list(world.glob("t-*.png"))) == 4  # two tables of two readings of the method
 
 
-def test_the_report_holds_every_record_policy_and_budget_once(world, report):
+def results(report):
+    """Every result as a dictionary, with the record it belongs to."""
+    return [{**record, **dict(zip(report["columns"], result))} for record in report["records"] for result in record["results"]]
+
+
+def test_the_report_holds_every_record_protocol_policy_and_budget_once(world, report):
     """Guards against a lost or doubled row, and against fields that the documentation promises and the file lacks."""
-    assert set(report) == {"meta", "summary", "records"}
-    assert all(row.keys() >= {"id", "task", "policy", "budget", "score", "dnll", "kept", "kv_bytes", "answer"}
-               and 0 <= row["score"] <= 100 for row in report["records"])
-    jobs = {("full", None), *((policy, budget) for policy in POLICIES for budget in (64, 128) if policy != "full")}
-    counts = collections.Counter((row["id"], row["policy"], row["budget"]) for row in report["records"])
-    assert counts == {(f"{task}-{i}", *job): 1 for task in ("fieldqa", "codes") for i in (0, 1) for job in jobs}
-    fields = {"policy", "budget", "n", "score", "dnll", "dnll_ci", "dnll_worst_tenth", "kept_mean", "kv_bytes_mean"}
-    assert all(row.keys() >= fields and row["n"] == 4 for row in report["summary"])
-    assert collections.Counter((row["policy"], row["budget"]) for row in report["summary"]) == dict.fromkeys(jobs, 1)
-    assert [report["meta"][key] for key in ("dtype", "records", "interrupted")] == ["float32", 4, False]
-    assert {"report.md", "quality.png"} <= {path.name for path in (world / "results").iterdir()}
+    assert all(0 <= row["score"] <= 100 and isinstance(row["answer"], str) for row in results(report))
+    jobs = [(policy, budget) for policy in POLICIES for budget in (64, 128) if policy != "full"]
+    expected = {(f"{task}-{i}", *key) for task in ("fieldqa", "needle") for i in (0, 1)
+                for key in [("full", "full", None), *(("query-aware", *job) for job in jobs),
+                            *(("query-agnostic", *job) for job in jobs if i == 0)]}  # the first question of a context
+    counts = collections.Counter((row["id"], row["protocol"], row["policy"], row["budget"]) for row in results(report))
+    assert counts == dict.fromkeys(expected, 1)
+    by = collections.Counter((s["protocol"], s["n"]) for s in report["summary"])
+    assert by == {("query-aware", 4): len(jobs) + 1, ("query-agnostic", 2): len(jobs) + 1}
+    assert [report["meta"][key] for key in ("dtype", "n_records", "n_contexts", "interrupted")] == ["float32", 4, 2, False]
+    pictures = {f"{kind}-{protocol}.png" for kind in ("quality", "tails") for protocol in PROTOCOLS}
+    assert {path.name for path in (world / "results").iterdir()} == {"report.md", "eval.json", "kept.png"} | pictures
 
 
 def test_the_report_counts_memory_exactly(report):
-    """Guards against a budget that is exceeded, and bytes of query heads, padding or decoded tokens."""
-    for row in report["records"]:
+    """Guards against a budget that is exceeded, and bytes of query heads, padding, the question or decoded tokens."""
+    for row in results(report):
         assert row["kv_bytes"] == row["kept"] * 2 * 2 * 8 * 2 * 4  # layers, KV heads, head dim, K and V, float32
         if row["policy"] == "full":
-            assert row["dnll"] == 0 and row["kept"] == row["n_tokens"] > 150
+            assert row["dnll"] == 0 and row["kept"] == row["n_tokens"] > 200
         else:
             assert MIN_BUDGET <= row["kept"] <= row["budget"] and row["dnll"] != 0
+
+
+def test_the_context_is_compressed_before_the_question_is_known(world, report, tmp_path):
+    """Guards against a query-agnostic row that saw the question, and a query-aware one that did not."""
+    shutil.copytree(world / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "data").iterdir():
+        path.write_text(path.read_text().replace("what is", "who was"))  # as long, so that all else is equal
+    evaluate(world, tmp_path / "out", f"--data={tmp_path}/data", "--policies=snapkv,compilerkv,full")
+    other = results(json.loads((tmp_path / "out" / "eval.json").read_text()))
+    first = {(r["id"], r["protocol"], r["policy"], r["budget"]): r for r in results(report)}
+    pairs = [(r, first[r["id"], r["protocol"], r["policy"], r["budget"]]) for r in other]
+    assert all(a["entropy_perplexity"]["query-agnostic"] == b["entropy_perplexity"]["query-agnostic"] and
+               a["entropy_perplexity"]["query-aware"] != b["entropy_perplexity"]["query-aware"] for a, b in pairs)
+    assert all(a["nll_full"] != b["nll_full"] for a, b in pairs)  # but the question is read in the end
+
+
+def test_with_room_for_everything_both_protocols_lose_nothing(world, tmp_path):
+    """Guards against a question that reads its context at shifted positions, or not at all."""
+    evaluate(world, tmp_path, "--policies=snapkv,streaming", "--budgets=500")
+    assert all(abs(row["dnll"]) < 1e-4 for row in results(json.loads((tmp_path / "eval.json").read_text())))
+
+
+def test_needles_get_heat_maps(world, tmp_path):
+    """Guards against a grid that is measured and not shown."""
+    evaluate(world, tmp_path, "--tasks=needle", "--policies=full,snapkv")
+    assert (tmp_path / "needles-query-aware.png").stat().st_size > 5000
 
 
 def test_the_same_seed_gives_the_same_tables_and_the_same_report(world, report, tmp_path):
@@ -192,8 +229,8 @@ def test_the_same_seed_gives_the_same_tables_and_the_same_report(world, report, 
         assert all(np.array_equal(first[name], second[name]) for name in first.files if name != "provenance")
     assert evaluate(world, tmp_path, f"--tables={tmp_path}/again.npz") == 0
     again = json.loads((tmp_path / "eval.json").read_text())
-    untimed = lambda rows: [{k: v for k, v in row.items() if k != "select_seconds"} for row in rows]
-    assert untimed(again["records"]) == untimed(report["records"]) and again["summary"] == report["summary"]
+    untimed = lambda report: [{k: v for k, v in row.items() if k not in ("select_seconds", "results")} for row in results(report)]
+    assert untimed(again) == untimed(report) and again["summary"] == report["summary"]
 
 
 def interrupt(monkeypatch, module, name, n):
@@ -202,14 +239,23 @@ def interrupt(monkeypatch, module, name, n):
     monkeypatch.setattr(module, name, lambda *arguments, **options: next(turns)(*arguments, **options))
 
 
-def test_an_interrupted_evaluation_reports_what_is_finished(world, report, tmp_path, monkeypatch, capsys):
-    """Guards against hours of evaluation lost to Ctrl-C, and against a partial report that does not say so."""
-    interrupt(monkeypatch, evaluation, "run_record", 3)
-    assert exit_code(evaluate, world, tmp_path / "out") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: 2 of 4 records are in the report"
+def test_an_interrupted_evaluation_reports_what_is_finished_and_goes_on(world, report, tmp_path, monkeypatch, capsys):
+    """Guards against hours of evaluation lost to Ctrl-C or a crash, done twice, or reported as if they were complete."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, evaluation, "run_context", 2)
+        assert exit_code(evaluate, world, tmp_path / "out") == 130
+    assert "interrupted: 2 of 4 records" in capsys.readouterr().err.splitlines()[-1]
     partial = json.loads((tmp_path / "out" / "eval.json").read_text())
-    assert partial["meta"]["interrupted"] and partial["meta"]["records"] == 2
-    assert [row["nll"] for row in partial["records"]] == [r["nll"] for r in report["records"] if r["task"] == "codes"]
+    assert partial["meta"]["interrupted"] and partial["meta"]["n_records"] == 2
+    [journal] = (tmp_path / "out").glob("unfinished-*")
+    journal.write_text(journal.read_text() + '[[{"id": "needle-0", "ta')  # the line a crash cut short
+    assert exit_code(evaluate, world, tmp_path / "out", "--budgets=64") == 0  # another run does not take it for its own
+    assert journal.exists()
+    with monkeypatch.context() as patch:
+        interrupt(patch, evaluation, "run_context", 2)  # one context is left
+        assert evaluate(world, tmp_path / "out") == 0
+    assert "1 of 2 contexts" in capsys.readouterr().err and not journal.exists()
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["summary"] == report["summary"]
 
 
 def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monkeypatch, capsys):

@@ -136,6 +136,31 @@ def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
 
 
 @properties
+@given(T=st.integers(2, 40), cut=st.integers(1, 39), window=st.integers(1, 20), seed=seeds)
+def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
+    """Guards against a second part that is shifted, blind to the first, or counted twice in what was observed."""
+    tokens, cut = random_tokens(T, seed), min(cut, T - 1)
+    whole_logits, whole_cache, whole = MODEL.prefill(tokens, window, total=True)
+    first = MODEL.prefill(tokens[:cut], window, total=True)
+    logits, cache, seen = MODEL.prefill(tokens[cut:], window, total=True, before=first)
+    assert close(logits, whole_logits) and close(seen.attention, whole.attention) and close(seen.total, whole.total)
+    assert seen.logprobs.shape == whole.logprobs.shape and torch.allclose(seen.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+    assert close(step(MODEL, cache, 5), step(MODEL, whole_cache, 5))
+
+
+def test_many_questions_can_follow_one_context():
+    """Guards against a mark that moves with the cache: the second question would read the first one too."""
+    context, questions = random_tokens(15, seed=30), [random_tokens(n, seed=n) for n in (4, 9, 6)]
+    first = MODEL.prefill(context, 5)
+    mark = first[1].mark()
+    for question in questions:
+        first[1].rewind(mark)
+        logits, cache, _ = MODEL.prefill(question, 5, before=first)
+        assert close(logits, MODEL.prefill(context + question, 5)[0])
+        MODEL.decode(cache, logits, 3, stop={CONFIG.vocab_size})
+
+
+@properties
 @given(T=st.integers(1, 12), n=st.integers(1, 12), seed=seeds)
 def test_token_by_token_equals_one_forward(T, n, seed):
     """Guards against a cache that feeds decoding other keys, values or positions than prefill would."""
@@ -315,6 +340,30 @@ def test_decode_of_no_tokens():
     """Guards against a crash where no new token was asked for."""
     logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
     assert MODEL.decode(KVCache.stack([cache, cache]), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
+
+
+def test_every_row_may_go_on_from_its_own_logits():
+    """Guards against rows that all start with the first row's token, in the loss and in the answer."""
+    logits, cache, _ = MODEL.prefill(random_tokens(12, seed=40), window=3)
+    batch = KVCache.stack([evict(cache, random_kept(12, seed)) for seed in (41, 42, 43)])
+    question, continuation = random_tokens(4, seed=44), random_tokens(5, seed=45)
+    hidden, _, _ = MODEL.forward(torch.tensor([question]).expand(3, -1), batch)
+    rows = [batch.rows([i]) for i in range(3)]
+    scores = MODEL.logits(hidden[:, -1])
+    assert close(MODEL.nll(batch, scores, continuation),
+                 torch.cat([MODEL.nll(row, x, continuation) for row, x in zip(rows, scores)]))
+    assert MODEL.decode(batch, scores, 9, stop={3}) == [MODEL.decode(row, x, 9, stop={3})[0] for row, x in zip(rows, scores)]
+
+
+def test_decode_ends_a_row_where_the_caller_says():
+    """Guards against an answer that loses the token it ended with, and against rows that end together."""
+    logits, cache, _ = MODEL.prefill(random_tokens(20, seed=20), window=3)
+    rows = [evict(cache, random_kept(20, seed)) for seed in range(50, 58)]
+    free = MODEL.decode(KVCache.stack(rows), logits, 20, stop={CONFIG.vocab_size})
+    ended = lambda ids: sum(ids) % 5 == 0
+    expected = [row[:next((n for n in range(1, 20) if ended(row[:n])), 20)] for row in free]
+    assert len(set(map(len, expected))) > 2
+    assert MODEL.decode(KVCache.stack(rows), logits, 20, stop={CONFIG.vocab_size}, ended=ended) == expected
 
 
 # ----------------------------------------------------------------------------------------------------- short and long
