@@ -263,12 +263,12 @@ def encode(record, model):
 COLUMNS = ("protocol", "policy", "budget", "score", "dnll", "kept", "kv_bytes", "gated", "select_seconds", "answer")
 
 
-def look_ahead(model, cache, gold):
-    """Attention (L, H, n, T + n) that the n tokens of the right answer pay: an oracle's knowledge. The cache stays as found."""
-    before = cache.mark()
-    _, attention, _ = model.forward(torch.tensor([gold], device=model.device), cache, observe=len(gold))
+def look_ahead(model, cache, ids):
+    """Attention (L, H, S) that the slots get from all tokens to come together: an oracle's knowledge. The cache stays as found."""
+    before, n = cache.mark(), cache.length[0]
+    _, _, received = model.forward(torch.tensor([ids], device=model.device), cache, total=True)
     cache.rewind(before)
-    return attention
+    return received[..., :n]
 
 
 def compress(policies, budgets, observation, cache, tables, ahead=None):
@@ -276,11 +276,9 @@ def compress(policies, budgets, observation, cache, tables, ahead=None):
 
     gated: share of the layers that keep fewer tokens than the budget.
 
-    ahead: attention of the tokens to come, (L, H, n, S); only hindsight sees it.
+    ahead: the attention of the tokens to come, (L, H, T); only hindsight sees it.
     """
-    if ahead is not None:
-        observation = dataclasses.replace(observation, answer=ahead[..., :observation.n_tokens].float().sum(2))  # (L, H, T)
-    out = {}
+    observation, out = dataclasses.replace(observation, answer=ahead), {}
     for policy, budget in itertools.product(policies, budgets):
         start = time.perf_counter()
         small = ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables))

@@ -89,7 +89,10 @@ def collect(model, prompt, roll_out):
                         f"{ckv.MAX_WINDOW + ckv.SINKS}")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
-    needed = evaluation.look_ahead(model, cache, continuation)[..., :len(tokens)].float().amax(2)  # (L, H, n, T) -> (L, H, T)
+    before = cache.mark()
+    _, attention, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
+    cache.rewind(before)
+    needed = attention[..., :len(tokens)].float().amax(2)  # (L, H, n, T + n) -> (L, H, T)
     L, H, T = needed.shape
     mass = (needed * ckv.value_norm(cache).repeat_interleave(H // model.config.n_kv_head, 1)).sum(1)  # (L, H, T) -> (L, T)
     mass[:, :ckv.SINKS] = 0
