@@ -1,8 +1,9 @@
 """Evaluate every policy at every budget: `python eval.py` (a sample, 20 minutes), `--full` (all records, an hour).
 
-Records that share a context share its prefill. Each is judged under two protocols that are never mixed:
+Records that share a context share its prefill. They are judged under two protocols that are never mixed:
     query-aware     the whole prompt, question included, is prefilled, then compressed (the question is in the window)
     query-agnostic  the context is compressed before the question is known; the question then passes through what is left
+                    (the first question of each context: the same tokens would be evicted for the others)
 Two measures: the task's own score (LongBench's metrics, 0 to 100) of the greedy answer, and dNLL, the mean negative
 log-likelihood of the gold answer under the compressed cache minus that under the full one, in nats a token (0 = nothing
 lost). Reading order: metrics and tasks -> records -> one context -> the run -> statistics -> report -> pictures -> command.
@@ -20,6 +21,7 @@ import platform
 import re
 import string
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -116,9 +118,9 @@ def edit_similarity(answer, gold, classes):
 
 
 def all_found(answer, gold, classes):
-    """Share of the gold strings, separated by commas, that stand in the answer: RULER's score."""
-    parts = gold.split(", ")
-    return sum(part in answer for part in parts) / len(parts)
+    """Share of the gold strings, separated by commas, that stand in the answer in any case: RULER's score."""
+    parts = gold.lower().split(", ")
+    return sum(part in answer.lower() for part in parts) / len(parts)
 
 
 def line_written(text):
@@ -182,8 +184,9 @@ def score(record, answer):
 def read_records(directory, limit=None, tasks=None):
     """LongBench's layout: data/*.jsonl, config/dataset2prompt.json, config/dataset2maxlen.json -> list of records.
 
-    limit: records a file; tasks: names of the only tasks to read. Each record gains "before" (its prompt up to the end
-    of the context), "question" (the rest) and "max_new". Raises UserError naming file and line.
+    limit: records a file; tasks: names of the only files to read (default: all but Chinese ones and LongBench-E's, `*_e`).
+    Each record gains "before" (its prompt up to the end of the context), "question" (the rest) and "max_new".
+    Raises UserError naming file and line.
     """
     directory, records, ids = Path(directory), [], set()
     try:
@@ -198,9 +201,8 @@ def read_records(directory, limit=None, tasks=None):
         if name in CHINESE or name not in files:
             reason = "Chinese tasks are not judged here" if name in CHINESE else f"no {name}.jsonl in {directory / 'data'}"
             raise UserError(f"--tasks {name}: {reason}; there are {', '.join(n for n in files if n not in CHINESE)}")
-    files = {name: path for name, path in files.items() if name in (tasks or files) and name not in CHINESE}
-    if not files:
-        raise UserError(f"{directory / 'data'}: no .jsonl files of English tasks here")
+    files = {name: path for name, path in files.items()
+             if (name in tasks if tasks else name not in CHINESE and not name.endswith("_e"))}
     for path in files.values():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -213,10 +215,16 @@ def read_records(directory, limit=None, tasks=None):
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
                     raise TypeError("answers must be a list of strings")
                 name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
-                before, mark, after = prompts.get(name, "").partition("{context}")
+                template = prompts.get(name, "")
+                before, mark, after = template.partition("{context}")
                 before, question = (before + mark).format(**record), after.format(**record)
-                length = int(max_new.get(name, 0))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                length, depth, needles = int(max_new.get(name, 0)), record.get("depth"), record.get("needles")
+                if not (depth is None or 0 <= float(depth) <= 1) or needles and (depth is None or int(needles) < 1):
+                    raise ValueError(f"depth {depth!r} and needles {needles!r} must be a number from 0 to 1, and how many")
+                record |= {"depth": None if depth is None else float(depth), "needles": needles and int(needles)}
+                if "{input}" in template.partition("{context}")[0]:
+                    raise ValueError("the prompt asks its question before the context, which no protocol here allows")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 raise UserError(f"{path}, line {n}: malformed record: {what}") from None
             if name not in TASKS or not mark or length < 1 or not record["answers"]:
@@ -224,6 +232,8 @@ def read_records(directory, limit=None, tasks=None):
                                 f"task {name!r}")
             ids.add(record["_id"])
             records.append({**record, "dataset": name, "before": before, "question": question, "max_new": length})
+    if not records:
+        raise UserError(f"{directory / 'data'}: no records of English tasks here")
     return records
 
 
@@ -240,17 +250,20 @@ def encode(record, model):
     """A record's Prompt. One longer than the context loses its middle as in LongBench; UserError if it still is."""
     task, tokenizer = TASKS[record["dataset"]], model.tokenizer
     text, question = record["before"] + record["question"], record["question"]
-    ids, limit = tokenizer.encode(text), int(PROMPT_SHARE * model.config.context_length)
+    ids, limit = tokenizer.encode(text, begin=False), int(PROMPT_SHARE * model.config.context_length)
     if len(ids) > limit:
-        text = tokenizer.decode(ids[:limit // 2]) + tokenizer.decode(ids[-(limit // 2):])
+        text = tokenizer.decode(ids[:limit // 2], special=False) + tokenizer.decode(ids[-(limit // 2):], special=False)
+        question = tokenizer.decode(tokenizer.encode(question, begin=False), special=False)
         question = os.path.commonprefix([question[::-1], text[::-1]])[::-1]  # of a question cut too, what is left
     wrap = tokenizer.chat if task.chat else tokenizer.encode
     tokens, unasked = wrap(text), wrap(text[:len(text) - len(question)])
     n_context = min(len(os.path.commonprefix([tokens, unasked])), len(tokens) - 1)
+    if n_context < 1:
+        raise UserError(f"record {record['_id']}: there is no context to compress")
     if task.chat:
-        gold = tokenizer.encode(record["answers"][0]) + sorted(tokenizer.stop)
+        gold = tokenizer.encode(record["answers"][0], begin=False) + sorted(tokenizer.stop)
     else:
-        gold = tokenizer.encode(("" if text[-1:].isspace() else task.lead) + record["answers"][0] + "\n")
+        gold = tokenizer.encode(("" if text[-1:].isspace() else task.lead) + record["answers"][0] + "\n", begin=False)
     longest = max(GOLD, record["max_new"])
     if len(tokens) + longest > model.config.context_length:
         raise UserError(f"record {record['_id']}: {len(tokens)} prompt tokens and up to {longest} of the answer do not "
@@ -271,30 +284,28 @@ def look_ahead(model, cache, ids):
     return received[..., :n]
 
 
-def compress(policies, budgets, observation, cache, tables, ahead=None):
-    """Every policy at every budget on one cache: {(policy, budget): (evicted cache, gated, seconds)}.
+def compress(policies, budgets, observation, cache, tables):
+    """Every policy at every budget on one cache: rows of (policy, budget, gated, seconds), and one batch of the caches left.
 
-    gated: share of the layers that keep fewer tokens than the budget.
-
-    ahead: the attention of the tokens to come, (L, H, T); only hindsight sees it.
+    gated: share of the layers that keep fewer tokens than they may.
     """
-    observation, out = dataclasses.replace(observation, answer=ahead), {}
+    jobs, caches = [], []
     for policy, budget in itertools.product(policies, budgets):
         start = time.perf_counter()
-        small = ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables))
+        caches.append(ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables)))
         seconds = time.perf_counter() - start
-        out[policy, budget] = small, float(np.mean([n < budget for n in small.length])), seconds
-    return out
+        jobs.append((policy, budget, float(np.mean([n < min(budget, observation.n_tokens) for n in caches[-1].length])), seconds))
+    return jobs, KVCache.stack(caches)
 
 
 def write_answer(model, record, cache, logits):
     """Greedy answers (texts) of every row of the cache, until what follows cannot count."""
     task, tokenizer, stop = TASKS[record["dataset"]], model.tokenizer, model.tokenizer.stop
     if task.one_line:
-        stop = stop | set(tokenizer.encode("\n"))
+        stop = stop | {tokenizer.encode("\n")[-1]}
         logits = logits.index_fill(-1, torch.tensor(sorted(stop), device=logits.device), -torch.inf)
-    ended = task.ended and (lambda ids: task.ended(tokenizer.decode(ids)))
-    return [tokenizer.decode(ids) for ids in model.decode(cache, logits, record["max_new"], stop, ended)]
+    text = lambda ids: tokenizer.decode(ids, special=False)
+    return [text(ids) for ids in model.decode(cache, logits, record["max_new"], stop, task.ended and (lambda ids: task.ended(text(ids))))]
 
 
 def run_context(model, records, prompts, args, tables):
@@ -302,19 +313,19 @@ def run_context(model, records, prompts, args, tables):
 
     Returns one object a record, with a list of results: COLUMNS of every (protocol, policy, budget).
     """
-    total, width, n_context, out = "h2o" in args.policies, ckv.MAX_WINDOW, prompts[0].n_context, []
-    rivals, oracle = ([p for p in args.policies if (p == "hindsight") == x and p != "full"] for x in (False, True))
+    policies, width, n_context = [p for p in args.policies if p != "full"], ckv.MAX_WINDOW, prompts[0].n_context
+    total = "h2o" in policies
     context = model.prefill(prompts[0].tokens[:n_context], width, total)
     _, cache, seen = context
-    end_of_context, entries = cache.mark(), model.config.n_layer * model.config.n_kv_head
+    end_of_context, entries, out = cache.mark(), model.config.n_layer * model.config.n_kv_head, []
     token_bytes = 2 * model.config.head_dim * cache.k[0].element_size()  # one key and one value
     for record, prompt in zip(records, prompts):
         question, gold, results = prompt.tokens[n_context:], prompt.gold, []
 
-        def compressed(observation, ahead):
-            """Every policy at every budget on the cache as it is now: what was done, and one batch of the caches left."""
-            made = compress(rivals + oracle, args.budgets, observation, cache, tables, ahead)
-            return [(*job, *rest) for job, (_, *rest) in made.items()], KVCache.stack([small for small, _, _ in made.values()])
+        def compressed(observation, ids):
+            """The cache as it is now under every policy and budget; ids are the tokens to come, which only hindsight sees."""
+            ahead = look_ahead(model, cache, ids) if "hindsight" in policies else None
+            return compress(policies, args.budgets, dataclasses.replace(observation, answer=ahead), cache, tables)
 
         def measure(protocol, jobs, batch, logits, kept):
             """Append the results of a batch, one row a job; writing the answers uses the batch up."""
@@ -326,14 +337,14 @@ def run_context(model, records, prompts, args, tables):
         cache.rewind(end_of_context)
         logits, _, observation = model.prefill(question, width, total, before=context)
         full = model.nll(cache, logits, gold).item()
-        if rivals + oracle and "query-aware" in args.protocols:
-            jobs, batch = compressed(observation, look_ahead(model, cache, gold) if oracle else None)
+        if policies and "query-aware" in args.protocols:
+            jobs, batch = compressed(observation, gold)
             measure("query-aware", jobs, batch, logits, batch.kept())
         if "full" in args.policies:
             measure("full", [("full", None, 0.0, 0.0)], cache, logits, cache.kept())
-        if rivals + oracle and "query-agnostic" in args.protocols and not out:  # the context's first question only
+        if policies and "query-agnostic" in args.protocols and not out:  # the context's first question only
             cache.rewind(end_of_context)
-            jobs, batch = compressed(seen, look_ahead(model, cache, question + gold) if oracle else None)
+            jobs, batch = compressed(seen, question + gold)
             kept, ids = batch.kept(), torch.tensor([question], device=model.device)
             hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
             measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
@@ -386,20 +397,24 @@ def run(model, work, args, tables, settings):
     except KeyboardInterrupt:  # report what is finished; the journal stays
         interrupted = True
     if not finished:
-        raise UserError("interrupted before the first context was finished; nothing was written")
+        journal.unlink()
+        raise KeyboardInterrupt
     return finished, interrupted, journal
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
-def resamples(clusters, seed):
-    """Bootstrap over contexts: how often each record counts in each of RESAMPLES draws, (RESAMPLES, records) float32."""
-    _, index = np.unique(clusters, return_inverse=True)
-    n, generator = index.max() + 1, np.random.default_rng(seed)
-    draws = generator.integers(n, size=(RESAMPLES, n))
-    counts = np.zeros((RESAMPLES, n), dtype=np.float32)
-    np.add.at(counts, (np.arange(RESAMPLES)[:, None], draws), 1)
-    return counts[:, index]
+def resamples(contexts, tasks, seed):
+    """Bootstrap over contexts, task by task: how often each record counts in each draw, (RESAMPLES, records) float32."""
+    contexts, tasks, generator = np.asarray(contexts), np.asarray(tasks), np.random.default_rng(seed)
+    counts = np.zeros((RESAMPLES, len(tasks)), dtype=np.float32)
+    for task in dict.fromkeys(tasks.tolist()):
+        _, index = np.unique(contexts[tasks == task], return_inverse=True)  # which of the task's n contexts each record has
+        n = index.max() + 1
+        draws = generator.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+        drawn = np.bincount(draws.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)  # how often each context
+        counts[:, tasks == task] = drawn[:, index]
+    return counts
 
 
 def interval(values, counts, weights=1.0):
@@ -435,16 +450,17 @@ def columns(records, protocol):
     return {key: {name: np.array(values) for name, values in by_name.items()} for key, by_name in table.items()}
 
 
-def summarise(records, clusters, protocol, seed):
+def summarise(records, protocol, seed):
     """One object a policy and budget of one protocol, over the records that were judged under it.
 
-    clusters: the number of each record's context. The same resamples serve all, so that differences are paired.
+    The same resamples of their contexts serve all, so that differences are paired.
     score: mean over tasks of the mean over records, as LongBench averages; dNLL and the rest: mean over records.
-    failures: share of the records that the full cache gets right and this one does not; agreement: word F1 with the
-    full cache's answer; by depth: mean dNLL by fifths of the place of the needed fact.
+    failures: of the records that the full cache gets right, the per cent that this one does not; agreement: word F1 with
+    the full cache's answer; by depth: mean dNLL by fifths of the place of the needed fact.
     """
-    table, counts, summary = columns(records, protocol), resamples(clusters, seed), []
+    table, summary = columns(records, protocol), []
     task = np.array([r["task"] for r in records])
+    counts = resamples([r["context"] for r in records], task, seed)
     category = np.array([TASKS[t].category for t in task])
     fifth = np.array([-1 if r["depth"] is None else min(int(5 * r["depth"]), 4) for r in records])
     risks = np.array([r["entropy_perplexity"][protocol] for r in records])  # (records, 2)
@@ -452,6 +468,9 @@ def summarise(records, clusters, protocol, seed):
     mean_score = lambda v, at=slice(None): float((weights * v)[at].sum() / weights[at].sum())
     where = lambda v, at: float(v[at].mean()) if at.any() else None
     full = table.get(("full", None))
+    if full and protocol == "query-agnostic":  # count what can be evicted: the context without the question
+        for name in ("kept", "kv_bytes"):
+            full[name] = full[name] * np.array([r["n_context"] / r["n_tokens"] for r in records])
     for (policy, budget), values in table.items():
         points, dnll = values["score"], values["dnll"]
         row = {"protocol": protocol, "policy": policy, "budget": budget, "oracle": policy == "hindsight", "n": len(points),
@@ -482,15 +501,15 @@ def summarise(records, clusters, protocol, seed):
 def risk_report(risks, dnll, task):
     """Do the two risk signals of Eq. 7, (records, 2), predict dNLL? Rank correlations, and mean dNLL by quarter of each.
 
-    within: the mean of the tasks' own correlations, which no difference between tasks can feign.
+    within: the mean of the own correlations of tasks with five records or more, which no difference between tasks can feign.
     """
     out = {}
     for name, x in zip(("entropy", "perplexity"), risks.T):
         quarter = np.searchsorted(np.quantile(x, (0.25, 0.5, 0.75)), x, side="right")
-        within = [rank_correlation(x[task == t], dnll[task == t]) for t in dict.fromkeys(task.tolist())]
+        within = [rank_correlation(x[task == t], dnll[task == t]) for t in dict.fromkeys(task.tolist()) if (task == t).sum() >= 5]
         within = [rho for rho in within if rho is not None]
         out[name] = {"spearman": rank_correlation(x, dnll), "within": float(np.mean(within)) if within else None,
-                     "dnll_by_quarter": [float(dnll[quarter == q].mean()) if (quarter == q).any() else None
+                     "dnll_by_quarter": [float(dnll[quarter == q].mean()) if (quarter == q).any() and np.ptp(x) else None
                                          for q in range(4)]}
     return out
 
@@ -536,9 +555,9 @@ def protocol_tables(summary):
         [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
                      paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
                      paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
-                     f"{100 * s['gated']:.0f}", f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
-    out += [f"Tails, {protocol}: worst tenth of dNLL; failures, % of the records that the full cache gets right; agreement with "
-            "the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""]
+                     cell(100 * s["gated"] if s["policy"] in ckv.SETTINGS else None, "{:.0f}"), f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
+    out += [f"Tails, {protocol}: worst tenth of dNLL; failures, in % of the records that the full cache gets right; agreement "
+            "with the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""]
     out += lines_of(
         ["budget", "policy", "worst tenth", "failures %", "agreement", "0-20%", "20-40%", "40-60%", "60-80%", "80-100%"],
         [first(s) + [f"{s['dnll_worst_tenth']:.2f}", cell(s.get("failures"), "{:.0f}"), cell(s.get("agreement"), "{:.0f}"),
@@ -546,13 +565,14 @@ def protocol_tables(summary):
     tasks = list(part[0]["score_by_task"])
     out += [f"Scores by task, {protocol}:", ""]
     out += lines_of(["budget", "policy", *tasks], [first(s) + [f"{s['score_by_task'][t]:.1f}" for t in tasks] for s in shown])
-    out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho of each signal with dNLL over all records, the mean "
-            "of rho within tasks, and mean dNLL by rising quarter of the signal.", ""]
-    out += lines_of(
-        ["budget", "policy", "entropy rho", "within tasks", "by quarter", "perplexity rho", "within tasks", "by quarter"],
-        [first(s) + [x for r in s["risk"].values() for x in (cell(r["spearman"], "{:+.2f}"), cell(r["within"], "{:+.2f}"),
-                                                             " / ".join(map(cell, r["dnll_by_quarter"])))]
-         for s in part if s["policy"] in ("snapkv", "compilerkv-paper", "compilerkv")])
+    risky = [s for s in part if s["policy"] in ("snapkv", *ckv.SETTINGS)]
+    if risky:
+        out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho of each signal with dNLL over all records, the "
+                "mean of rho within tasks, and mean dNLL by rising quarter of the signal.", ""]
+        out += lines_of(
+            ["budget", "policy", "entropy rho", "within tasks", "by quarter", "perplexity rho", "within tasks", "by quarter"],
+            [first(s) + [x for r in s["risk"].values() for x in (cell(r["spearman"], "{:+.2f}"), cell(r["within"], "{:+.2f}"),
+                                                                 " / ".join(map(cell, r["dnll_by_quarter"])))] for s in risky])
     return out
 
 
@@ -606,7 +626,7 @@ def draw_quality(summary, path, title):
 
 
 def draw_tails(summary, records, budget, path, title):
-    """Where it fails at one budget: share of records above each dNLL, dNLL by place of the fact, by entropy, by perplexity."""
+    """Where it fails at one budget: share of records at or above each dNLL, dNLL by place of the fact, by entropy, by perplexity."""
     table = columns(records, summary[0]["protocol"])
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
     for s in (s for s in summary if s["budget"] == budget):
@@ -614,7 +634,7 @@ def draw_tails(summary, records, budget, path, title):
         axes[0].plot(dnll, 100 * (1 - np.arange(len(dnll)) / len(dnll)), **{**look, "marker": None})
         for axis, values in zip(axes[1:], (s["dnll_by_depth"], *(r["dnll_by_quarter"] for r in s["risk"].values()))):
             axis.plot(range(len(values)), [np.nan if v is None else v for v in values], **look)
-    axes[0].set(yscale="log", xlim=(-1, None), xlabel="dNLL, nats a token", ylabel="% of records above", title="Tail")
+    axes[0].set(yscale="log", xlim=(-1, None), xlabel="dNLL, nats a token", ylabel="% of records at or above", title="Tail")
     axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[1].set(xlabel="where in the context the needed fact stands", ylabel="mean dNLL", title="Lost facts")
     axes[1].set_xticks(range(5), ["0-20%", "20-40%", "40-60%", "60-80%", "80-100%"])
@@ -652,15 +672,17 @@ def draw_needles(records, protocol, path, title):
 def draw_kept(model, record, args, budget, tables, path, width=104):
     """Which tokens of one prompt each policy kept, as text: the darker, the more (layer, KV head) pairs kept the token."""
     prompt, policies = encode(record, model), [p for p in args.policies if p not in ("full", "random", "pyramidkv")]
+    if not policies:
+        return
     _, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
-    made = compress(policies, [budget], observation, cache, tables, look_ahead(model, cache, prompt.gold))
+    observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
     letters = [(t, c) for t, token in enumerate(prompt.tokens) for c in model.tokenizer.decode([token]).replace("\n", " ")]
     height, n_rows = -(-len(letters) // width), -(-len(policies) // 2)
     figure, axes = plt.subplots(n_rows, 2, figsize=(17, n_rows * (0.155 * height + 0.6)), layout="constrained", squeeze=False)
     for axis, policy in zip(axes.flat, policies):
-        small = made[policy, budget][0]
-        slots = torch.cat([small.layer(l)[2].flatten() for l in range(len(small.k))])
-        share = slots.bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
+        kept = torch.cat([k.flatten() for k in ckv.select(policy, observation, cache, budget, tables)])  # over layers and KV heads
+        share = kept.bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
+        share = share.tolist()
         shades = np.full(height * width, np.nan)
         shades[:len(letters)] = [share[t] for t, _ in letters]
         axis.imshow(shades.reshape(height, width), cmap="OrRd", vmin=0, vmax=1.6, aspect="auto", extent=(0, width, height, 0))
@@ -669,7 +691,8 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
         axis.set_title(f"{label(policy)}: the darker, the more layers and heads keep the token", fontsize=10)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(f"{record['_id']}, {budget} of {len(prompt.tokens)} tokens a layer; the answer: {record['answers'][0]}")
+    answer = textwrap.shorten(record["answers"][0], 80).replace("$", r"\$")
+    figure.suptitle(f"{record['_id']}, {budget} of {len(prompt.tokens)} tokens a layer; the answer: {answer}")
     save_figure(figure, path)
 
 
@@ -710,25 +733,26 @@ def parse(argv):
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
     parser.add_argument("--tasks", help="comma-separated names of the only tasks to run (default: all)")
-    parser.add_argument("--out", type=Path, help="a directory (default: results, or results/quick with --quick)")
+    parser.add_argument("--out", type=Path, help="a directory (default: results with --full, else results/sample or results/quick)")
     args = parser.parse_args(argv)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), args.tasks and names(args.tasks)
+    args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
     try:
         args.budgets = sorted({int(b) for b in args.budgets.split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
+    if (args.limit is not None) + args.full + args.quick > 1:
+        raise UserError("--full, --quick and --limit exclude each other: each says how many records to take")
     if args.quick:
         args.budgets, args.limit = [128], 1
-    elif args.full:
-        args.limit = None
-    else:
+    elif not args.full:
         args.limit = args.limit or SAMPLE
-    args.out = args.out or HERE / "results" / ("quick" if args.quick else "")
-    if not args.policies:
-        raise UserError("--policies is empty")
+    args.out = args.out or HERE / "results" / ("quick" if args.quick else "" if args.full else "sample")
+    for option in ("policies", "protocols", "tasks"):
+        if getattr(args, option) == []:
+            raise UserError(f"--{option} is empty")
     for budget in args.budgets:
         ckv.check_budget(budget)
     for protocol in args.protocols:
@@ -747,45 +771,51 @@ def main(argv=None):
     tables = ckv.Tables.load(args.tables, model)
     work = contexts(records, [encode(record, model) for record in records])
     args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
+    code = b"".join((HERE / f"{name}.py").read_bytes() for name in ("model", "compilerkv", "eval"))
     settings = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
-                "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "policies": args.policies,
+                "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "device": str(model.device), "code": hashlib.sha256(code).hexdigest(), "policies": args.policies,
                 "protocols": args.protocols, "budgets": args.budgets, "window": ckv.OURS.window, "sinks": ckv.SINKS,
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
     finished, interrupted, journal = run(model, work, args, tables, settings)
-    results = [(row, i) for i, (rows, _) in enumerate(finished) for row in rows]  # with the number of their context
-    records_done = [row for row, _ in results]
-    judged = {protocol: [(row, i) for row, i in results if any(r[0] == protocol for r in row["results"])]
-              for protocol in args.protocols}
-    summaries = {protocol: summarise(*map(list, zip(*part)), protocol, args.seed) for protocol, part in judged.items() if part}
+    number = {r["_id"]: (r["dataset"], r["context"]) for r in records}
+    order = {context: i for i, context in enumerate(dict.fromkeys(number.values()))}
+    results = [{**row, "context": order[number[row["id"]]]} for rows, _ in finished for row in rows]
     meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
-            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in records_done)}
-    head = (f"{len(results)} records on {len(finished)} contexts of {meta['data']}, {model.name}, {meta['dtype']}, seed {args.seed}, "
-            f"{meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
-    report = "\n".join([head, "", *task_table(records_done), *(x for s in summaries.values() for x in protocol_tables(s))])
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in records_done)  # a line a record
-    ckv.write_atomically(args.out / "eval.json", f'{{"meta": {json.dumps(meta)},\n"columns": {json.dumps(COLUMNS)},\n'
-                                                 f'"summary": {json.dumps([s for part in summaries.values() for s in part])},\n'
-                                                 f'"records": [\n{rows}\n]}}\n')
-    ckv.write_atomically(args.out / "report.md", report)
-    budget = 128 if 128 in args.budgets else args.budgets[0]
-    for protocol, summary in summaries.items():
-        part = [row for row, _ in judged[protocol]]
-        title = f"{len(part)} records of {meta['data']}, {protocol}"
-        draw_quality(summary, args.out / f"quality-{protocol}.png", title)
-        draw_tails(summary, part, budget, args.out / f"tails-{protocol}.png", title)
-        if all(row["needles"] for row in part):
-            draw_needles(part, protocol, args.out / f"needles-{protocol}.png", f"{title}, mean over budgets")
-    if summaries:  # a short prompt whose needed fact stands near the middle
-        example = min(records_done, key=lambda row: (abs((row["depth"] or 0) - 0.5) > 0.2, row["n_tokens"]))["id"]
-        draw_kept(model, next(r for r in records if r["_id"] == example), args, budget, tables, args.out / "kept.png")
-    print(report)
+            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in results)}
+    print(write_report(model, records, results, meta, args, tables))
     if interrupted:
         print(f"interrupted: {len(results)} of {len(records)} records are in the report; the same command goes on from here",
               file=sys.stderr)
         return 130
     journal.unlink()
     return 0
+
+
+def write_report(model, records, results, meta, args, tables):
+    """eval.json, report.md and every picture, into --out. Returns the report."""
+    judged = {p: [row for row in results if any(result[0] == p for result in row["results"])] for p in args.protocols}
+    summaries = {p: summarise(part, p, args.seed) for p, part in judged.items() if part}
+    part = "INTERRUPTED, a part: " if meta["interrupted"] else ""
+    head = (f"{part}{len(results)} records on {meta['n_contexts']} contexts of {meta['data']}" + f", {meta['cut']} cut" * (meta["cut"] > 0) + f", {model.name}, {meta['dtype']}, seed "
+            f"{args.seed}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
+    report = "\n".join([head, "", *task_table(results), *(x for s in summaries.values() for x in protocol_tables(s))])
+    lines = {"meta": json.dumps(meta), "columns": json.dumps(COLUMNS),
+             "summary": json.dumps([row for summary in summaries.values() for row in summary]),
+             "records": "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in results) + "\n]"}  # a line a record
+    ckv.write_atomically(args.out / "eval.json", "{" + ",\n".join(f'"{key}": {text}' for key, text in lines.items()) + "}\n")
+    ckv.write_atomically(args.out / "report.md", report)
+    budget = 128 if 128 in args.budgets else args.budgets[0]
+    for protocol, summary in summaries.items():
+        part, title = judged[protocol], f"{len(judged[protocol])} records of {meta['data']}, {protocol}"
+        draw_quality(summary, args.out / f"quality-{protocol}.png", title)
+        draw_tails(summary, part, budget, args.out / f"tails-{protocol}.png", title)
+        if all(row["needles"] for row in part):
+            draw_needles(part, protocol, args.out / f"needles-{protocol}.png", f"{title}, mean over budgets")
+    if summaries:  # a short prompt whose needed fact stands near the middle
+        example = min(results, key=lambda row: (abs((row["depth"] or 0) - 0.5) > 0.2, row["n_tokens"]))["id"]
+        draw_kept(model, next(r for r in records if r["_id"] == example), args, budget, tables, args.out / "kept.png")
+    return report
 
 
 def run_command(main):
@@ -796,7 +826,7 @@ def run_command(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -390,18 +390,18 @@ class Tokenizer:
         for b in range(256):
             ranks.setdefault(bytes([b]), len(tokens) + b)
         self.encoding = tiktoken.Encoding("gguf", pat_str=PRE_TOKENIZERS[pre], mergeable_ranks=ranks, special_tokens=special)
-        self.n_vocab, self.stop, self.add_bos = len(tokens), {eos}, add_bos
+        self.n_vocab, self.stop, self.add_bos, self.special = len(tokens), {eos}, add_bos, set(special.values())
         self.names = {"bos_token": tokens[bos], "eos_token": tokens[eos]}
         self.bos, self.template = bos, template
 
-    def encode(self, text):
-        """Text to token ids; special tokens written out in the text count as such."""
+    def encode(self, text, begin=True):
+        """Text to token ids; special tokens written out in the text count as such. begin: with the file's token for a beginning."""
         ids = [i for i in self.encoding.encode(text, allowed_special="all") if i < self.n_vocab]
-        return [self.bos] * self.add_bos + ids
+        return [self.bos] * (self.add_bos and begin) + ids
 
-    def decode(self, ids):
-        """Token ids to text; bytes that are not valid UTF-8 become U+FFFD."""
-        return self.encoding.decode(ids)
+    def decode(self, ids, special=True):
+        """Token ids to text, with special tokens or without; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.encoding.decode([i for i in ids if special or i not in self.special])
 
     def chat(self, prompt):
         """Token ids of one user message in the model's own chat template, ready for the assistant's answer."""

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CONTEXTS = 25                      # contexts a task, QUESTIONS questions on each
+CONTEXTS = 20                      # contexts a task, QUESTIONS questions on each
 QUESTIONS = 2
 BANDS = (720, 1150, 2000, 3700)    # words of context, about 1,100 / 1,700 / 3,000 / 5,600 tokens
 REPORT = 450                       # words that the last report added may exceed the plan by, at most
@@ -79,30 +79,48 @@ PROMPTS = {  # as in LongBench's dataset2prompt.json; the small model answers be
     "lines": "{context}",
     "repo": "{context}{input}",
 }
-MAX_NEW = {"fieldqa": 20, "reportqa": 20, "hopqa": 20, "kinqa": 16, "reports": 32, "news": 32, "qtype": 8, "chats": 24,
-           "count": 6, "which": 20, "lines": 24, "repo": 24}
+MAX_NEW = {"fieldqa": 24, "reportqa": 24, "hopqa": 24, "kinqa": 20, "reports": 40, "news": 40, "qtype": 8, "chats": 28,
+           "count": 6, "which": 20, "lines": 32, "repo": 32}
 
 
-def record(task, rows, context, question, answers, fact=None, classes=None, **more):
-    """Append one object in LongBench's schema; `depth` says where in the context the needed fact begins, 0 to 1."""
-    depth = None if fact is None else round(context.index(fact) / len(context), 3)
+def record(task, rows, context, question, answers, fact=None, offset=0, classes=None, **more):
+    """Append one object in LongBench's schema; `depth`: where in the context the fact begins, `offset` characters behind it."""
+    depth = None if fact is None else round((context.index(fact) + offset) / len(context), 3)
     rows.append({"input": question, "context": context, "answers": answers, "length": words(context), "dataset": task,
                  "language": "python" if task in ("lines", "repo") else "en", "all_classes": classes,
                  "_id": f"{task}-{len(rows):03d}", "depth": depth, **more})
 
 
 def begun_answer(question, text, answer, n_lead):
-    """A question with the answer's sentence begun by its last n_lead words, and the rest of that clause as the gold answer."""
+    """A question whose answer is begun with n_lead words of the text, the gold answers, and where the fact begins in the text.
+
+    The first gold answer is the rest of the clause, at most 12 words, up to a comma if it must be cut; the second the bare answer.
+    """
     at = text.index(answer)
     lead = re.split(r"[.;?!] |\n", text[:at])[-1].split()[-n_lead:]
-    rest = re.split(r"[.;?!](?: |\n|$)", text[at:])[0].split()[:12]
-    return f"{question}\nAnswer in the words of the text: \"{' '.join(lead)}", " ".join(rest)
+    rest = re.split(r"[.;?!](?: |\n|$)", text[at:])[0]
+    if words(rest) > 12:
+        piece = " ".join(rest.split()[:12])
+        rest = piece[:max(piece.rfind(mark) for mark in ",;:")] if max(piece.rfind(m) for m in ",;:") >= len(answer) else answer
+    return f"{question}\nAnswer in the words of the text: \"{' '.join(lead)}", [rest + '"', answer], at
 
 
-def begun(summary, n_lead=6, n_gold=24):
-    """A summary's first n_lead words, and the next n_gold as the gold answer."""
-    parts = summary.split()
-    return " ".join(parts[:n_lead]), " ".join(parts[n_lead:n_lead + n_gold])
+def can_begin(text, answer, n_lead):
+    """Whether n_lead words of its own sentence stand before the answer."""
+    return words(re.split(r"[.;?!] |\n", text[:text.index(answer)])[-1]) >= n_lead
+
+
+def begun(summary, turn, n_lead=6, n_gold=24):
+    """A summary's first words, and the next ones as the gold answer, at most n_gold, cut at a comma or full stop.
+
+    turn: how often the summary was asked for before; each time it is begun a sentence later.
+    """
+    parts = " ".join(re.split(r"(?<=[.?!]) ", summary)[turn:]).split()
+    while parts[n_lead - 1][0].isupper() and parts[n_lead][0].isupper():  # do not split a name
+        n_lead += 1
+    gold = " ".join(parts[n_lead:n_lead + n_gold])
+    ends = [m.end() for m in re.finditer(r"[.,;:](?= |$)", gold)]
+    return " ".join(parts[:n_lead]), gold[:ends[-1]].rstrip(",;:") if ends and ends[-1] > len(gold) / 2 else gold
 
 
 def question_tasks(rng, passages, reports, links):
@@ -113,40 +131,43 @@ def question_tasks(rng, passages, reports, links):
         chosen = fill(rng, [], passages, size, depth)
         context = "\n\n".join(f"{p['title']}\n{p['text']}" for p in chosen)
         for k in range(QUESTIONS):
-            target = at_depth(chosen, (depth + k / QUESTIONS) % 1, used)
-            question, answer = target["qa"][k % 2]
-            question, gold = begun_answer(question, target["text"], answer, n_lead=4)
-            record("fieldqa", tasks["fieldqa"], context, question, [gold], target["text"])
+            target = at_depth([p for p in chosen if any(can_begin(p["text"], a, 3) for _, a in p["qa"])],
+                              (depth + k / QUESTIONS) % 1, used)
+            question, answer = next(qa for qa in target["qa"] if can_begin(target["text"], qa[1], 3))
+            question, golds, at = begun_answer(question, target["text"], answer, n_lead=4)
+            record("fieldqa", tasks["fieldqa"], context, question, golds, target["text"], at)
     for size, depth in plan(CONTEXTS):
         chosen = fill(rng, [], reports, max(size - REPORT, 800), depth)
         context = "\n\n\n".join(r["text"] for r in chosen)
         for k in range(QUESTIONS):  # the question, not asked before, whose answer stands nearest to the planned depth
             place = (depth + k / QUESTIONS) % 1 * len(context)
-            target, (question, answer) = min(((r, qa) for r in chosen for qa in r["qa"] if qa[0] not in asked),
+            target, (question, answer) = min(((r, qa) for r in chosen for qa in r["qa"]
+                                              if qa[0] not in asked and can_begin(r["text"], qa[1], 4)),
                                              key=lambda pair: abs(context.index(pair[0]["text"]) + pair[0]["text"].index(pair[1][1]) - place))
             asked.add(question)
-            question, gold = begun_answer(question, target["text"], answer, n_lead=4)
-            record("reportqa", tasks["reportqa"], context, question, [gold], gold)
-    rng.shuffle(links)
+            question, golds, at = begun_answer(question, target["text"], answer, n_lead=4)
+            record("reportqa", tasks["reportqa"], context, question, golds, target["text"], at)
+    links = [link for link in rng.sample(links, len(links)) if can_begin(by_id[link["second"]]["text"], link["answer"], 2)]
     for i, (size, depth) in enumerate(plan(CONTEXTS)):
         pair = links[QUESTIONS * i:QUESTIONS * (i + 1)]
         needed = [by_id[link[end]] for end in ("second", "first") for link in pair]
         chosen = fill(rng, [p for n, p in enumerate(needed) if p not in needed[:n]], passages, size, depth)
         context = "\n\n".join(f"Passage {n}:\n{p['title']}\n{p['text']}" for n, p in enumerate(chosen, 1))
         for link in pair:
-            question, gold = begun_answer(link["question"], by_id[link["second"]]["text"], link["answer"], n_lead=3)
-            record("hopqa", tasks["hopqa"], context, question, [gold], by_id[link["second"]]["text"])
+            text = by_id[link["second"]]["text"]
+            question, golds, at = begun_answer(link["question"], text, link["answer"], n_lead=2)
+            record("hopqa", tasks["hopqa"], context, question, golds, text, at)
     *people, parent_a, child_a = invented_people(rng, 4 * CONTEXTS * QUESTIONS + 2)  # the last pair is the worked example
     for i, (size, depth) in enumerate(plan(CONTEXTS)):
         needed = people[2 * QUESTIONS * i:2 * QUESTIONS * (i + 1)]  # parent, child, parent, child
-        chosen = fill(rng, needed[::2] + needed[1::2], people, 0.85 * size, depth)  # coined names are long in tokens
+        chosen = fill(rng, needed[::2] + needed[1::2], people, 0.83 * size, depth)  # coined names are long in tokens
         context = "\n\n".join(p["text"] for p in chosen)
         for parent, child in zip(needed[::2], needed[1::2]):
-            known = (f"{child_a['name']}'s {child_a['parent']} was born in which town?\nAnswer: {child_a['name']} was the child of "
-                     f"{parent_a['name']}, who was born in {parent_a['town']}.\n")
-            question = f"{known}{child['name']}'s {child['parent']} was born in which town?\nAnswer: {child['name']} was the child of"
-            record("kinqa", tasks["kinqa"], context, question, [f"{parent['name']}, who was born in {parent['town']}"],
-                   parent["text"])
+            ask = lambda parent, child: (f"Who was {child['name']}'s {child['parent']}, and where was that parent born?\n"
+                                         f"Answer: {child['name']} was the child of")
+            known = f"{ask(parent_a, child_a)} {parent_a['name']} ({parent_a['town']})."
+            record("kinqa", tasks["kinqa"], context, f"{known}\n\nQuestion: {ask(parent, child)}",
+                   [f"{parent['name']} ({parent['town']})"], parent["text"])
     return tasks
 
 
@@ -159,25 +180,27 @@ def syllables(rng, n):
 TRADES = ("cartographer", "organ builder", "surgeon", "glass painter", "river pilot", "botanist", "typefounder", "judge",
           "mountain guide", "saddler", "astronomer", "translator", "bell founder", "actor", "apothecary", "bridge engineer")
 DEEDS = ("taught for {n} years at the night school of {a}", "left {n} notebooks to the town archive of {a}",
-         "is remembered for a walk from {a} to {b} in {n} days", "once lost a lawsuit in {a} over {n} sacks of barley",
+         "walked from {a} to {b} in {n} days", "lost a lawsuit in {a} over {n} sacks of barley",
          "kept {n} tame jackdaws in a tower at {a}", "sold a house in {a} for {n} silver coins and moved to {b}",
          "wrote {n} letters from {a} that were never answered", "won {n} wagers about the weather at {a}")
 
 
 def invented_people(rng, n):
-    """n dictionary entries in pairs, a parent and a child: dictionaries of name, parent (mother or father), town, title, text."""
+    """n dictionary entries in pairs, a parent and a child: dictionaries of name, parent (mother or father), town, title, text.
+
+    Only the child's entry names the parent, and the two share no name, so that both entries are needed.
+    """
     people = []
-    for i in range(n // 2):
-        family, (parent_name, child_name) = syllables(rng, 3), (syllables(rng, 2), syllables(rng, 2))
-        parent, year = rng.choice(("mother", "father")), rng.randint(1780, 1870)
-        for name, other, kind in ((parent_name, child_name, "child"), (child_name, parent_name, parent)):
-            town, a, b = (syllables(rng, 3) for _ in range(3))
-            full = f"{name} {family}"
-            deeds = " and ".join(rng.sample(DEEDS, 2)).format(a=a, b=b, n=rng.randint(3, 90))
-            kin = f"{full} was the child of {other} {family}" if kind != "child" else f"A child, {other} {family}, survived"
-            text = (f"{full} was born in {town} in {year}, and worked as a {rng.choice(TRADES)}. {kin}. "
-                    f"In later life {full} {deeds}.")
-            people.append({"name": full, "parent": kind, "town": town, "title": full, "text": text})
+    for _ in range(n // 2):
+        names, year = [f"{syllables(rng, 2)} {syllables(rng, 3)}" for _ in range(2)], rng.randint(1780, 1870)
+        kin = ("", f" {names[1]} was the child of {names[0]}.")
+        for name, child_of in zip(names, kin):
+            town, trade = syllables(rng, 3), rng.choice(TRADES)
+            deeds = " and ".join(deed.format(a=syllables(rng, 3), b=syllables(rng, 3), n=rng.randint(3, 40))
+                                 for deed in rng.sample(DEEDS, 2))
+            text = (f"{name} was born in {town} in {year}, and worked as a{'n' * (trade[0] in 'aeiou')} {trade}.{child_of} "
+                    f"{name} {deeds}.")
+            people.append({"name": name, "parent": rng.choice(("mother", "father")), "town": town, "title": name, "text": text})
             year += rng.randint(22, 40)
     return people
 
@@ -197,9 +220,9 @@ def summary_tasks(rng, reports, events):
                 rng.shuffle(articles)
                 context = "\n\n".join(f"{a['outlet']}. {a['text']}" for a in articles)
             for target in needed:
-                turns[target["title"]] += 1
                 example = rng.choice([t for t in pool if t not in chosen] if len(chosen) < len(pool) else pool)
-                lead, rest = begun(target["summary"])
+                lead, rest = begun(target["summary"], turns[target["title"]])
+                turns[target["title"]] += 1
                 start = f"{example['title']}: {example['summary']}\n{target['title']}: {lead}"
                 fact = target["text"] if task == "reports" else target["articles"][0]["text"]
                 record(task, tasks[task], context, start, [rest], fact)
@@ -220,7 +243,7 @@ def few_shot_tasks(rng, questions, dialogues):
         examples = [d for d in rng.sample(dialogues, len(dialogues)) if d not in targets][:size // 120]
         context = "\n\n".join(f"Conversation:\n{d['dialogue']}\nIn short: {d['summary']}" for d in examples)
         for d in targets:
-            lead, rest = begun(d["summary"])
+            lead, rest = begun(d["summary"], 0)
             record("chats", tasks["chats"], context, f"Conversation:\n{d['dialogue']}\nIn short: {lead}", [rest])
     return tasks
 
@@ -236,12 +259,12 @@ def numbered_tasks(rng, passages):
         context = "\n\n".join(p["text"] + (f" The shelf mark of {p['title']} is {marks[p['title']]}." if p["title"] in marks else "")
                               for p in chosen)
         for target in targets:
-            record("which", tasks["which"], context, f"What is the shelf mark of {target['title']}?", [str(marks[target["title"]])],
-                   target["text"])
+            mark = str(marks[target["title"]])
+            record("which", tasks["which"], context, f"What is the shelf mark of {target['title']}?", [mark], f" is {mark}.")
         for k in range(QUESTIONS):
-            chosen = fill(rng, [], passages, size, depth)
+            chosen = fill(rng, [], passages, size * rng.uniform(0.88, 1.05), depth)
             context = "\n\n".join(f"Paragraph {n}: {p['text']}" for n, p in enumerate(chosen, 1))
-            record("count", tasks["count"], context, "The paragraphs end here. The last one was Paragraph", [str(len(chosen))])
+            record("count", tasks["count"], context, "The highest number of a paragraph above is", [str(len(chosen))])
     return tasks
 
 
@@ -249,11 +272,13 @@ def code_tasks(rng, files):
     """The next line of a long file, and of a file whose project stands before it: {task: records}."""
     tasks, used = {"lines": [], "repo": []}, set()
 
-    def target_line(lines, start, stop):
-        """A new line to complete between start and stop: long enough to mean something, with a name that stood far above."""
-        ends = [n for n in range(start, min(stop, len(lines))) if 20 < len(lines[n].strip()) < 90 and lines[n] not in used and '"""' not in lines[n] and lines[n - 1].strip()
-                and any(len(w) > 5 and w in "\n".join(lines[:n // 2]) for w in re.findall(r"\w+", lines[n]))]
-        end = rng.choice(ends)
+    def target_line(lines, start, stop, above):
+        """A new line to complete between start and stop: no text of its own, and all its longer names stood above."""
+        def fits(line, n):
+            names = re.findall(r"[A-Za-z_]{5,}", line)
+            return (20 < len(line.strip()) < 90 and line not in used and not re.search(r"[\"'].{9,}|^\s*(def|class|@)", line)
+                    and lines[n - 1].strip() and names and all(name in above + "\n".join(lines[:n]) for name in names))
+        end = rng.choice([n for n in range(start, min(stop, len(lines))) if fits(lines[n], n)])
         used.add(lines[end])
         return end
 
@@ -262,24 +287,24 @@ def code_tasks(rng, files):
         projects.setdefault(f["path"].split("/")[0], []).append(f)
     solo = projects.pop("solo")  # long files that stand alone
     groups = list(projects.values())
-    for i, (_, depth) in enumerate(plan(CONTEXTS * QUESTIONS)):
-        f = solo[i % len(solo)]
-        lines = f["code"].strip().split("\n")
-        start = int(len(lines) * (0.3 + 0.6 * depth))
-        end = target_line(lines, start, start + 40)
-        record("lines", tasks["lines"], f"# {f['path']}\n" + "\n".join(lines[:end]), "", [lines[end]])
+    n, per_file = CONTEXTS * QUESTIONS, -(-CONTEXTS * QUESTIONS // len(solo))
+    for i in range(n):  # the files take turns; the places of one file are far apart
+        lines = solo[i % len(solo)]["code"].strip().split("\n")
+        start = int(len(lines) * (0.3 + 0.65 * (i // len(solo)) / per_file))
+        end = target_line(lines, start, start + 40, "")
+        record("lines", tasks["lines"], f"# {solo[i % len(solo)]['path']}\n" + "\n".join(lines[:end]), "", [lines[end]])
     for i, (size, _) in enumerate(plan(CONTEXTS)):
         own = groups[i % len(groups)]
         last = own[-1 - i // len(groups) % 2]
-        others = [f for f in own if f is not last] + [f for g in groups if g is not own for f in g]
-        context, lines = "", last["code"].strip().split("\n")
-        for f in others:
-            if words(context + f["code"]) < size * 0.48:  # code has more tokens a word
-                context += f"# file: {f['path']}\n{f['code'].strip()}\n\n\n"
+        others = [f for f in own if f is not last]
+        strangers = [f for f in files if f not in own and f not in solo]
+        while strangers and sum(words(f["code"]) for f in others) < 0.4 * size:  # code has more tokens a word
+            others.insert(0, strangers.pop(rng.randrange(len(strangers))))
+        head, lines = "".join(f"# file: {f['path']}\n{f['code'].strip()}\n\n\n" for f in others), last["code"].strip().split("\n")
         for k in range(QUESTIONS):
-            end = target_line(lines, len(lines) // 2, len(lines))
+            end = target_line(lines, len(lines) // 2, len(lines), head)
             start = max(end - 6, 0)
-            record("repo", tasks["repo"], context + f"# file: {last['path']}\n" + "\n".join(lines[:start]) + "\n",
+            record("repo", tasks["repo"], head + f"# file: {last['path']}\n" + "\n".join(lines[:start]) + "\n",
                    "\n".join(lines[start:end]), [lines[end]])
     return tasks
 
@@ -305,7 +330,7 @@ PER_LENGTH = 6  # records of each RULER task and length
 def sentences_of(rng, passages, n_words):
     """Hay: sentences of passages in their order, about n_words words."""
     chosen = fill(rng, [], passages, n_words, 0.0)
-    return [s for p in chosen for s in re.split(r"(?<=[.?!]) ", p["text"])]
+    return [s for p in chosen for s in re.split(r"(?<=[a-z0-9)][.?!]) (?=[A-Z])", p["text"])]
 
 
 def bury(hay, needles):
@@ -347,17 +372,18 @@ def ruler(rng, passages):
 
             owner, codes = rng.choice(passages), rng.sample(range(1000, 10000), 3)
             facts = [f"One badge number of {owner['title']} is {code}." for code in codes]
-            context = bury(sentences_of(rng, passages, n_words), [((depth + k / 3) % 1, f) for k, f in enumerate(facts)])
+            places = sorted((depth + k / 3) % 1 for k in range(3))  # the order of the answer is that of the text
+            context = bury(sentences_of(rng, passages, n_words), list(zip(places, facts)))
             record("multivalue", tasks["multivalue"], context, f"There are three badge numbers of {owner['title']}. List all of them.",
                    [", ".join(map(str, codes))], facts[0])
 
             value = rng.randint(10000, 99999)
             names = ["".join(rng.choice("ABCDEFGHKLMNPRSTUVWX") for _ in range(4)) for _ in range(3)]
             chain = [f"Note: {names[0]} = {value}.", *(f"Note: {b} = {a}." for a, b in zip(names, names[1:]))]
-            places = sorted((depth + k / 3) % 1 for k in range(3))
+            places = sorted(rng.random() for _ in chain)
             context = bury(sentences_of(rng, passages, n_words), list(zip(places, chain)))
             record("tracking", tasks["tracking"], context,
-                   f"Which names have the value {value}? {value} = {names[0]}, then {names[0]} =", [", ".join(names[1:])], chain[0])
+                   f"Which names have the value {value}?\nThe names with the value {value} are {names[0]},", [", ".join(names[1:])], chain[0])
     return tasks
 
 

@@ -104,7 +104,7 @@ def refused(command, world, out, arguments, capsys):
     *((evaluate, f"--budgets={budget}", f"at least {MIN_BUDGET}") for budget in ("0", "-5", "35", "64,35")),
     *((evaluate, f"--budgets={budget}", "whole numbers") for budget in ("abc", "64.5", "")),
     (evaluate, "--protocols=query-blind", "query-blind"), (evaluate, "--tasks=none", "--tasks none"),
-    (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
+    (evaluate, "--protocols=,", "empty"), (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
@@ -114,7 +114,8 @@ def refused(command, world, out, arguments, capsys):
 ])
 def test_impossible_options_are_refused_in_one_line(world, tmp_path, capsys, command, argument, word):
     """Guards against a stack trace, a long run that fails at its end, or numbers from tables of another model."""
-    [line] = refused(command, world, tmp_path / "out.npz", [argument.format(world)], capsys)
+    [line] = refused(command, world, tmp_path / "out.npz", argument.format(world).split(" --full")[:1] + ["--full"] * ("--full" in argument),
+                     capsys)
     assert line.startswith("error: ") and word.format(world) in line
 
 
@@ -208,6 +209,19 @@ def test_the_context_is_compressed_before_the_question_is_known(world, report, t
     assert all(a["entropy_perplexity"]["query-agnostic"] == b["entropy_perplexity"]["query-agnostic"] and
                a["entropy_perplexity"]["query-aware"] != b["entropy_perplexity"]["query-aware"] for a, b in pairs)
     assert all(a["nll_full"] != b["nll_full"] for a, b in pairs)  # but the question is read in the end
+
+
+def test_a_question_does_not_depend_on_the_one_before_it(world, report, tmp_path):
+    """Guards against a context that still holds the first question when the second one comes."""
+    shutil.copytree(world / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "data").iterdir():
+        path.write_text(path.read_text().splitlines()[1])  # the second question alone
+    evaluate(world, tmp_path / "out", f"--data={tmp_path}/data")
+    alone = {(r["id"], r["protocol"], r["policy"], r["budget"]): r for r in
+             results(json.loads((tmp_path / "out" / "eval.json").read_text()))}
+    second = [row for row in results(report) if row["id"].endswith("-1")]
+    assert len(second) == 2 * (2 * (len(POLICIES) - 1) + 1)
+    assert all(alone[r["id"], r["protocol"], r["policy"], r["budget"]]["dnll"] == pytest.approx(r["dnll"], abs=1e-4) for r in second)
 
 
 def test_with_room_for_everything_both_protocols_lose_nothing(world, tmp_path):

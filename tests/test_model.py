@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from compilerkv import evict
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, real_tokenizer, write_gguf
@@ -137,14 +137,15 @@ def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
 
 @properties
 @given(T=st.integers(2, 40), cut=st.integers(1, 39), window=st.integers(1, 20), seed=seeds)
+@example(T=3 * QUERY_BLOCK, cut=QUERY_BLOCK // 2, window=9, seed=0)  # blocks of queries behind earlier keys
 def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
     """Guards against a second part that is shifted, blind to the first, or counted twice in what was observed."""
     tokens, cut = random_tokens(T, seed), min(cut, T - 1)
     whole_logits, whole_cache, whole = MODEL.prefill(tokens, window, total=True)
     first = MODEL.prefill(tokens[:cut], window, total=True)
     logits, cache, seen = MODEL.prefill(tokens[cut:], window, total=True, before=first)
-    assert close(logits, whole_logits) and close(seen.attention, whole.attention) and close(seen.total, whole.total)
-    assert seen.logprobs.shape == whole.logprobs.shape and torch.allclose(seen.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+    assert close(logits, whole_logits, 1e-4) and close(seen.attention, whole.attention) and close(seen.total, whole.total, 1e-4)
+    assert seen.logprobs.shape == whole.logprobs.shape and torch.allclose(seen.logprobs, whole.logprobs, rtol=0, atol=1e-4)
     assert close(step(MODEL, cache, 5), step(MODEL, whole_cache, 5))
 
 
