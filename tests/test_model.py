@@ -137,7 +137,7 @@ def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
 
 @properties
 @given(T=st.integers(2, 40), cut=st.integers(1, 39), window=st.integers(1, 20), seed=seeds)
-@example(T=3 * QUERY_BLOCK, cut=QUERY_BLOCK // 2, window=9, seed=0)  # blocks of queries behind earlier keys
+@example(T=QUERY_BLOCK + 40, cut=QUERY_BLOCK // 4, window=9, seed=0)  # blocks of queries behind earlier keys
 def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
     """Guards against a second part that is shifted, blind to the first, or counted twice in what was observed."""
     tokens, cut = random_tokens(T, seed), min(cut, T - 1)
