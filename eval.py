@@ -215,14 +215,13 @@ def read_records(directory, limit=None, tasks=None):
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
                     raise TypeError("answers must be a list of strings")
                 name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
-                template = prompts.get(name, "")
-                before, mark, after = template.partition("{context}")
-                before, question = (before + mark).format(**record), after.format(**record)
+                head, mark, tail = prompts.get(name, "").partition("{context}")
+                before, question = (head + mark).format(**record), tail.format(**record)
                 length, depth, needles = int(max_new.get(name, 0)), record.get("depth"), record.get("needles")
                 if not (depth is None or 0 <= float(depth) <= 1) or needles and (depth is None or int(needles) < 1):
                     raise ValueError(f"depth {depth!r} and needles {needles!r} must be a number from 0 to 1, and how many")
                 record |= {"depth": None if depth is None else float(depth), "needles": needles and int(needles)}
-                if "{input}" in template.partition("{context}")[0]:
+                if "{input}" in head:
                     raise ValueError("the prompt asks its question before the context, which no protocol here allows")
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
@@ -359,7 +358,7 @@ def run_context(model, records, prompts, args, tables):
 # -------------------------------------------------------------------------------------------------------------- the run
 
 def contexts(records, prompts):
-    """Neighbouring records with the same context tokens, as [(records, prompts)]: the unit of work, and of resampling."""
+    """Neighbouring records with the same context tokens, as [(records, prompts)]: the unit of work."""
     pairs = zip(records, prompts)
     key = lambda pair: (pair[0]["dataset"], pair[1].tokens[:pair[1].n_context])
     return [tuple(zip(*group)) for _, group in itertools.groupby(pairs, key)]
@@ -369,7 +368,6 @@ def run(model, work, args, tables, settings):
     """Every context, finished ones from the journal of an interrupted run of the same settings.
 
     Returns [(the context's results, seconds)], whether it was interrupted, and the journal, which the report makes needless.
-
     The journal holds one JSON line a context; a line that was cut short by a crash is done again.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -773,7 +771,8 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     code = b"".join((HERE / f"{name}.py").read_bytes() for name in ("model", "compilerkv", "eval"))
     settings = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
-                "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "device": str(model.device), "code": hashlib.sha256(code).hexdigest(), "policies": args.policies,
+                "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "device": str(model.device),
+                "code": hashlib.sha256(code).hexdigest(), "policies": args.policies,
                 "protocols": args.protocols, "budgets": args.budgets, "window": ckv.OURS.window, "sinks": ckv.SINKS,
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
@@ -796,9 +795,9 @@ def write_report(model, records, results, meta, args, tables):
     """eval.json, report.md and every picture, into --out. Returns the report."""
     judged = {p: [row for row in results if any(result[0] == p for result in row["results"])] for p in args.protocols}
     summaries = {p: summarise(part, p, args.seed) for p, part in judged.items() if part}
-    part = "INTERRUPTED, a part: " if meta["interrupted"] else ""
-    head = (f"{part}{len(results)} records on {meta['n_contexts']} contexts of {meta['data']}" + f", {meta['cut']} cut" * (meta["cut"] > 0) + f", {model.name}, {meta['dtype']}, seed "
-            f"{args.seed}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
+    part, cut = "INTERRUPTED, a part: " * meta["interrupted"], f", {meta['cut']} cut" * (meta["cut"] > 0)
+    head = (f"{part}{len(results)} records on {meta['n_contexts']} contexts of {meta['data']}{cut}, {model.name}, {meta['dtype']}, "
+            f"seed {args.seed}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
     report = "\n".join([head, "", *task_table(results), *(x for s in summaries.values() for x in protocol_tables(s))])
     lines = {"meta": json.dumps(meta), "columns": json.dumps(COLUMNS),
              "summary": json.dumps([row for summary in summaries.values() for row in summary]),

@@ -101,7 +101,8 @@ def begun_answer(question, text, answer, n_lead):
     rest = re.split(r"[.;?!](?: |\n|$)", text[at:])[0]
     if words(rest) > 12:
         piece = " ".join(rest.split()[:12])
-        rest = piece[:max(piece.rfind(mark) for mark in ",;:")] if max(piece.rfind(m) for m in ",;:") >= len(answer) else answer
+        end = max(piece.rfind(mark) for mark in ",;:")
+        rest = piece[:end] if end >= len(answer) else answer
     return f"{question}\nAnswer in the words of the text: \"{' '.join(lead)}", [rest + '"', answer], at
 
 
