@@ -390,67 +390,163 @@ def ruler(rng, passages):
 
 # --------------------------------------------------------------------------------------------------------- calibration
 
-ASK = (  # wordings of a question behind a text; none occurs in the benchmark
-    "{text}\n\n{question}",
-    "I have a question about the following.\n\n\"\"\"\n{text}\n\"\"\"\n\n{question} Be brief.",
-    "{text}\n\n---\nReply from the text above, shortly: {question}",
-    "Please read carefully.\n\n{text}\n\nNow tell me: {question}",
+PER_KIND = 20  # calibration prompts of each kind
+SIZES = (760, 1050, 1500, 2000)  # words of a calibration prompt, about 1,100 / 1,500 / 2,200 / 2,900 tokens
+ASK = (  # (prompt, in the chat template?): wordings of a question behind a text; none occurs in the benchmarks
+    ("{text}\n\n{question}", True),
+    ("I have a question about the following.\n\n\"\"\"\n{text}\n\"\"\"\n\n{question} Be brief.", True),
+    ("{text}\n\n---\nReply from the text above, shortly: {question}", True),
+    ("Please read carefully.\n\n{text}\n\nNow tell me: {question}", True),
+    ("{text}\n\n{question}\nIt is written above: {lead}", False),
+    ("Notes for the quiz night\n\n{text}\n\nQ. {question}\nA. {lead}", False),
 )
-TELL = ("{text}\n\nGive me the gist of the document titled {title} in two or three sentences.",
-        "Shorten this for a busy reader.\n\n{text}\n\nThe part to shorten is {title}.")
+TELL = (("{text}\n\nGive me the gist of the document titled {title} in two or three sentences.", True),
+        ("Shorten this for a busy reader.\n\n{text}\n\nThe part to shorten is {title}.", True),
+        ("{text}\n\nAbstract of {title}\n\n{lead}", False))
+TOKENS = (  # a sentence that tells a code, and the question: {owner} and {code} are filled in
+    ("For {owner} the combination of the safe is {code}.", "Which combination opens the safe for {owner}?"),
+    ("(Dial {code} to reach {owner}.)", "What must one dial to reach {owner}?"),
+    ("Invoice {code} was made out to {owner}.", "Which invoice was made out to {owner}?"),
+    ("{owner}: bin {code}, second shelf.", "In which bin is the file on {owner}?"))
+GOODS = ("lamp oil", "rope", "seed potatoes", "window glass", "copper nails", "oatmeal", "roof felt", "candles", "goose down",
+         "black tea", "sheep dip", "writing ink", "salt herring", "hoof balm", "chalk", "pine tar")
 
 
 def calibration(rng):
-    """Prompts of six kinds, each with the right continuation; about 900 to 2,600 tokens."""
-    out = []
+    """120 prompts of six kinds, 1,000 to 4,000 tokens, each with the right continuation; layouts differ within a kind.
+
+    Where one fact is needed, its depth walks evenly over the prompt.
+    """
+    out, walk = [], 0
 
     def add(kind, prompt, continuation, chat):
         out.append({"id": f"{kind}-{len(out):03d}", "kind": kind, "chat": chat, "prompt": prompt, "continuation": continuation})
 
-    def ask(kind, items, pool, n_words, i):
+    def next_place(i):
+        """(words, depth) of the next prompt: lengths take turns, depths walk over [0, 1]."""
+        nonlocal walk
+        walk += 1
+        return SIZES[i % len(SIZES)], walk * 0.618 % 1
+
+    def joined(texts):
+        return "\n\n\n".join(f"{t['title']}\n\n{t['text']}" for t in texts)
+
+    def ask(kind, items, pool, i):
         """A question on one of the pool's texts, which stands among others; the right answer is the rest of its sentence."""
+        size, depth = next_place(i)
+        wording, chat = ASK[i % len(ASK)]
         target = items[i % len(items)]
-        question, answer = target["qa"][(i * 5 + i // len(items)) % len(target["qa"])]
+        choices = [qa for qa in target["qa"] if chat or can_begin(target["text"], qa[1], 3)]
+        question, answer = choices[(i * 5 + i // len(items)) % len(choices)]
         at = target["text"].index(answer)
-        said = re.split(r"(?<=[.?!])\s|\n", target["text"][at:])[0]  # the rest of the answer's sentence
-        texts = [f"{t['title']}\n\n{t['text']}" for t in fill(rng, [target], pool, n_words, rng.random())]
-        add(kind, ASK[i % len(ASK)].format(text="\n\n\n".join(texts), question=question), said, True)
+        sentence = re.split(r"(?<=[.?!])\s|\n", target["text"][at:])[0]  # from the answer on
+        lead = " ".join(re.split(r"[.;?!] |\n", target["text"][:at])[-1].split()[-4:])
+        text = joined(fill(rng, [target], pool, size, depth))
+        add(kind, wording.format(text=text, question=question, lead=lead), " " * (not chat) + sentence, chat)
 
     def go_on(kind, items, i):
-        """Plain text, cut at a sentence in its second half; sometimes another text of the kind stands before it."""
-        target, other = items[i % len(items)], items[(i + 5) % len(items)]
+        """Plain text, cut at a sentence in its second half; other texts of the kind stand before it."""
+        size, _ = next_place(i)
+        target = items[i % len(items)]
         sentences = target["text"].replace(". ", ".\u241e ").split("\u241e")
         cut = int(len(sentences) * rng.uniform(0.55, 0.85))
-        before = "" if i % 3 == 0 else f"{other['title']}\n\n{other['text']}\n\n\n"
+        before = joined(fill(rng, [], [t for t in items if t is not target], size - 600, 0)) + "\n\n\n"
         add(kind, f"{before}{target['title']}\n\n" + "".join(sentences[:cut]), "".join(sentences[cut:])[:500], False)
 
     def shorten(kind, items, i):
-        target, other = items[i % len(items)], items[(i + 3) % len(items)]
-        pair = rng.sample([target, other], 2) if i % 2 else [target]
-        text = "\n\n\n".join(f"{t['title']}\n\n{t['text']}" for t in pair)
-        add(kind, TELL[i % len(TELL)].format(text=text, title=target["title"]), target["summary"], True)
+        """The summary of one text among others, begun in the plain layout."""
+        size, depth = next_place(i)
+        wording, chat = TELL[i % len(TELL)]
+        target = items[i % len(items)]
+        lead, rest = ("", target["summary"]) if chat else begun(target["summary"], 0, n_lead=4, n_gold=40)
+        text = joined(fill(rng, [target], items, size, depth))
+        add(kind, wording.format(text=text, title=target["title"], lead=lead), " " * (not chat) + rest, chat)
+
+    def look_up(kind, pool, i):
+        """A code that one sentence tells, among the codes of three others, in running text."""
+        size, depth = next_place(i)
+        fact, question = TOKENS[i % len(TOKENS)]
+        owners, codes = rng.sample(pool, 4), rng.sample(range(1000, 100000), 4)
+        hay = sentences_of(rng, [t for t in pool if t not in owners], size)
+        facts = [fact.format(owner=o["title"], code=c) for o, c in zip(owners, codes)]
+        text = bury(hay, [(depth, facts[0]), *((rng.random(), f) for f in facts[1:])])
+        add(kind, f"{text}\n\n{question.format(owner=owners[0]['title'])}", str(codes[0]), True)
+
+    def ledger(kind, i):
+        """One field of one row of a table of orders, written as lines, as CSV or as JSON."""
+        size, depth = next_place(i)
+        rows = [{"customer": f"{syllables(rng, 2)} {syllables(rng, 2)}", "goods": rng.choice(GOODS),
+                 "amount": rng.randint(2, 98), "number": n} for n in rng.sample(range(1000, 9999), size // 15)]
+        row = rows[int(depth * len(rows)) % len(rows)]
+        text = ("\n".join("No. {number}: {customer} ordered {amount} lots of {goods}.".format(**r) for r in rows),
+                "number,customer,goods,amount\n" + "\n".join("{number},{customer},{goods},{amount}".format(**r) for r in rows),
+                "[" + ",\n ".join(json.dumps(r) for r in rows) + "]")[i % 3]
+        question, start, end = (("What did {customer} order?", "{customer} ordered", " {amount} lots of {goods}."),
+                                ("Who placed order {number}, and for what?", "Order {number} was placed by", " {customer} for {goods}."))[i % 2]
+        add(kind, f"{text}\n\n{question.format(**row)}\n{start.format(**row)}", end.format(**row), False)
+
+    def two_steps(kind, pairs, pool, i):
+        """A question that two texts answer together, the second one at the planned depth."""
+        size, depth = next_place(i)
+        pair = pairs[i % len(pairs)]
+        first, second = ({"title": pair["title" + n], "text": pair["text" + n]} for n in ("", "_2"))
+        at = second["text"].index(pair["answer"])
+        lead = " ".join(re.split(r"[.;?!] |\n", second["text"][:at])[-1].split()[-3:])
+        text = joined(fill(rng, [second, first], pool, size, depth))
+        rest = re.split(r"(?<=[.?!])\s|\n", second["text"][at:])[0]
+        if i % 2:
+            add(kind, f"{text}\n\nTwo of these belong together. {pair['question']}", rest, True)
+        else:
+            add(kind, f"{text}\n\n{pair['question']} Hint: \u201c{lead}", " " + rest, False)
+
+    def sort_messages(kind, messages, i):
+        """The desk that a message belongs to, learned from examples."""
+        size, _ = next_place(i)
+        chosen = rng.sample(messages, size // 22)
+        text = ("\n\n".join("{text}\nDesk: {label}".format(**m) for m in chosen),
+                "\n".join("[{label}] {text}".format(**m) for m in chosen))[i % 2]
+        m = rng.choice([m for m in messages if m not in chosen])
+        tail = (f"\n\n{m['text']}\nDesk:", f"\nThe label of \u201c{m['text']}\u201d is [")[i % 2]
+        add(kind, text + tail, (f" {m['label']}", f"{m['label']}]")[i % 2], False)
+
+    def take_notes(kind, dialogues, i):
+        """A summary of the last conversation, in the manner of those before it."""
+        size, _ = next_place(i)
+        chosen = fill(rng, [], dialogues, size, 0)
+        lead, rest = begun(chosen[-1]["summary"], 0, n_lead=5, n_gold=30)
+        text = "\n\n".join(f"{d['text']}\n=> {d['summary']}" for d in chosen[:-1])
+        add(kind, f"{text}\n\n{chosen[-1]['text']}\n=> {lead}", " " + rest, False)
+
+    def write_code(kind, files, i):
+        """The next lines of a file that stands behind other files; the cut walks over the file."""
+        size, depth = next_place(i)
+        target = files[i % len(files)]
+        others = fill(rng, [], [{**f, "text": f["code"]} for f in files if f is not target], 0.4 * size - 290, 0)
+        lines = target["code"].strip().split("\n")
+        cut = int(len(lines) * (0.6 + 0.35 * depth if others else 0.97))
+        while not lines[cut].strip():
+            cut += 1
+        mark = ("### {path}", "--- {path} ---", "// {path}")[i % 3]
+        head = "".join(f"{mark.format(**f)}\n\n{f['code'].strip()}\n\n" for f in others)
+        add(kind, f"{head}{mark.format(**target)}\n\n" + "\n".join(lines[:cut]) + "\n", "\n".join(lines[cut:cut + (8, 1)[i // 4 % 2]]) + "\n", False)
 
     stories, articles, mixed = bank("calib_stories.jsonl"), bank("calib_articles.jsonl"), bank("calib_mixed.jsonl")
-    facts, code = bank("calib_facts.jsonl"), bank("calib_code.jsonl")
+    facts, code, pairs = bank("calib_facts.jsonl"), bank("calib_code.jsonl"), bank("calib_pairs.jsonl")
+    dialogues, messages = bank("calib_dialogues.jsonl"), bank("calib_messages.jsonl")
     records = [m for m in mixed if m["kind"] in ("report", "transcript")]
     manuals = [m for m in mixed if m["kind"] == "instruction"]
-    for i in range(10):
-        go_on("narrative", stories, i)
-        go_on("technical", articles, i)
-        go_on("report", records, 2 * i)
-        go_on("instruction", manuals, i)
-        ask("narrative", stories[6:], stories, (800, 1400)[i % 2], i)
-        ask("technical", articles[6:], articles, (800, 1400)[i % 2], i)
-        shorten("report", records[i % 2:], i)
-        ask("instruction", manuals, manuals + records, (700, 1300, 1900)[i % 3], i)
-    for i in range(24):
-        ask("qa", facts, facts, (700, 1000, 1400, 1900)[i % 4], 3 * i)
-    for i in range(16):
-        own = rng.sample(code, 1 + i % 3)
-        lines = own[-1]["code"].split("\n")
-        cut = rng.randint(len(lines) * 3 // 5, len(lines) - 8)
-        head = "".join(f"### {f['path']}\n\n{f['code'].strip()}\n\n" for f in own[:-1])
-        add("code", f"{head}### {own[-1]['path']}\n\n" + "\n".join(lines[:cut]) + "\n", "\n".join(lines[cut:cut + 8]), False)
+    makers = {  # kind -> the layouts that take turns: a function and the texts it draws from
+        "narrative": [(ask, stories[6:], stories)] * 3 + [(go_on, stories), (look_up, stories)],
+        "technical": [(ask, articles[6:], articles)] * 3 + [(go_on, articles), (look_up, articles)],
+        "report": [(ask, records, records), (shorten, records), (ask, records, records), (go_on, records), (shorten, records)],
+        "dialogue": [(ask, dialogues, dialogues), (ask, manuals, manuals), (sort_messages, messages), (take_notes, dialogues),
+                     (ask, dialogues, dialogues)],
+        "code": [(write_code, code)],
+        "qa": [(ask, facts, facts), (two_steps, pairs, facts), (ledger,), (look_up, facts), (two_steps, pairs, facts)]}
+    for i in range(PER_KIND):
+        for kind, layouts in makers.items():
+            make, *texts = layouts[i % len(layouts)]
+            make(kind, *texts, i)
     return out
 
 

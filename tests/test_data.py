@@ -48,7 +48,7 @@ def test_no_prompt_occurs_twice():
     digest = lambda text: hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
     prompts = [(row["id"], row["prompt"]) for row in CALIBRATION] + [(r["_id"], r["before"] + r["question"]) for r in RECORDS]
     assert len({digest(text) for _, text in prompts}) == len({name for name, _ in prompts}) == len(prompts)
-    assert len(CALIBRATION) >= 100
+    assert set(collections.Counter(row["kind"] for row in CALIBRATION).values()) == {20} and len(CALIBRATION) == 120
 
 
 def test_the_mini_longbench_has_two_tasks_a_category_and_forty_records_a_task():
@@ -112,6 +112,8 @@ def test_the_committed_files_are_what_compose_writes(tmp_path):
 def test_prompts_are_long_but_fit():
     """Guards against prompts too short to compress or too long for the model's context."""
     model = SimpleNamespace(tokenizer=real_tokenizer(), config=SimpleNamespace(context_length=8192))
+    short_or_long = {row["id"]: n for row in CALIBRATION if not 1000 <= (n := len(model.tokenizer.encode(row["prompt"]))) <= 4000}
+    assert not short_or_long
     lengths = {r["_id"]: len(encode(r, model).tokens) for r in RECORDS}
     assert not {r["_id"] for r in MINI if not 900 <= lengths[r["_id"]] <= 6000}
     assert not {r["_id"] for r in RECORDS if not 900 <= lengths[r["_id"]] <= 7500}
