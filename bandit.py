@@ -22,7 +22,7 @@ class EpsilonGreedy:
     def __init__(self, n_states, n_actions, epsilon=0.1, default=0):
         """default: the action of a state that has never been visited."""
         self.epsilon, self.default = epsilon, default
-        self.sums = np.zeros((n_states, n_actions))
+        self.sums, self.squares = np.zeros((n_states, n_actions)), np.zeros((n_states, n_actions))
         self.visits = np.zeros((n_states, n_actions), dtype=np.int64)
 
     def choose(self, states, generator):
@@ -33,6 +33,7 @@ class EpsilonGreedy:
         """Add N experiences; the order does not matter."""
         refuse_nan(rewards)
         np.add.at(self.sums, (states, actions), rewards)
+        np.add.at(self.squares, (states, actions), np.square(rewards))
         np.add.at(self.visits, (states, actions), 1)
 
     def values(self):
@@ -42,6 +43,18 @@ class EpsilonGreedy:
     def greedy(self):
         """Best mean reward of each state; the default where nothing was tried."""
         return np.where(self.visits.any(1), self.values().argmax(1), self.default)
+
+    def cautious(self, neutral):
+        """Best mean less one standard error, for rewards counted from those of the action `neutral`, which are all 0.
+
+        An action that is better by luck on a few experiences does not displace the neutral one.
+        """
+        n, mean = np.maximum(self.visits, 1), self.values()
+        error = np.sqrt(np.maximum(self.squares / n - np.square(self.sums / n), 0) / n)
+        bound = mean - error
+        best = bound.argmax(1)
+        better = bound[np.arange(len(best)), best] > bound[:, neutral]
+        return np.where(self.visits.any(1) & better, best, neutral)
 
 
 class LinUCB:

@@ -5,8 +5,8 @@ risk, `evict` drops the rest. Every policy is a selector
 
     kept = selector(observation, cache, budget, tables)
 
-that returns, for each layer, the ORIGINAL positions of the tokens to keep as a sorted (G, S_l) tensor, S_l <= budget on
-average over layers. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
+that returns, for each layer, the ORIGINAL positions of the tokens to keep as a sorted (G, S_l) tensor; a KV head that keeps
+fewer than S_l is padded with -1. On average over layers and KV heads at most `budget` are kept. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
 """
 
 import io
@@ -29,32 +29,37 @@ N_PPL_BINS = 4
 @dataclass(frozen=True)
 class Settings:
     """What distinguishes the paper's literal reading from ours; both run through the same functions."""
-    scope: str    # over what Eq. 4 averages attention: "model" (layers and heads), "layer" (heads) or "head" (nothing)
-    kernel: int   # width of the max-pool of alpha over tokens; 1 = none
-    window: int   # observation window |Omega|: the prompt's last queries
+    scope: str     # over what Eq. 4 averages attention: "model" (layers and heads), "layer" (heads) or "head" (nothing)
+    queries: str   # how it joins the window's queries: their "mean", or the one that wants the token most, "max"
+    shared: bool   # one kept set a layer for all its KV heads, or sets of its KV heads that compete for the layer's budget
+    rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
     strengths: tuple  # exponents of a learned W_head among which real roll-outs decide; (1.0,) = take it as it is
 
 
-PAPER = Settings("model", 1, 64, W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
+PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), strengths=(1.0,))
-# Ours: log-spaced actions. W from e^-3 to e^3; tau from "keep all" over the paper's 0.8 to 102 times the mean score.
-OURS = Settings("head", 7, 32, W_grid=tuple(np.exp(np.linspace(-3, 3, 13)).tolist()),
-                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 7 / 19)).tolist()), strengths=(0.0, 0.5, 1.0))
+# Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 1,024 times as much.
+OURS = Settings("head", "max", False, tuple((w, k) for w in (16, 8, 32) for k in (21, 7, 13, 31)),
+                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()),
+                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 10 / 19)).tolist()), strengths=(0.0, 0.5, 1.0))
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
-MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
-MIN_BUDGET = OURS.window + SINKS
+WINDOW = 32         # of the rivals that have one
+MAX_WINDOW = max(w for s in SETTINGS.values() for w, _ in s.rules)  # what prefill must observe to serve every policy
+MIN_BUDGET = WINDOW + SINKS
 
 
 # ------------------------------------------------------------------------------- stage 1: stabilised token utility
 
-def attention_level(observation, window, scope, kernel=1):
+def attention_level(observation, window, scope, queries="mean"):
     """alpha[t] of Eq. 4: attention of the window's queries on each key, times T, so that its mean over t is 1.
 
-    (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1.
+    (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1. With queries="max" the
+    query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1.
     """
-    received = torch.stack([A[:, -window:].float().mean(1) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
+    join = {"mean": lambda A: A.mean(1), "max": lambda A: A.amax(1)}[queries]
+    received = torch.stack([join(A[:, -window:].float()) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
     alpha = observation.n_tokens * received
     if scope == "model":
         alpha = alpha.mean((0, 1), keepdim=True)  # -> (1, 1, T)
@@ -62,7 +67,12 @@ def attention_level(observation, window, scope, kernel=1):
         alpha = alpha.mean(1, keepdim=True)  # -> (L, 1, T)
     elif scope != "head":
         raise ValueError(f"scope must be model, layer or head, not {scope!r}")
-    return F.max_pool1d(alpha, kernel, stride=1, padding=kernel // 2)  # neighbours of a token that matters matter
+    return alpha
+
+
+def pool(x, kernel):
+    """Highest value within kernel // 2 tokens, (L, H, T) -> (L, H, T): neighbours of a token that matters matter. Kernel 1: x."""
+    return F.max_pool1d(x, kernel, stride=1, padding=kernel // 2) if kernel > 1 else x
 
 
 def value_norm(cache):
@@ -71,18 +81,23 @@ def value_norm(cache):
     return v / v.mean(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def utility(observation, cache, settings):
-    """u[l,h,t] = alpha * rho (Eq. 4), (L, H, T). Query head h reads the values of KV head h // (H / G)."""
-    alpha = attention_level(observation, settings.window, settings.scope, settings.kernel)
+def utility(observation, cache, settings, window):
+    """u[l,h,t] = alpha * rho (Eq. 4), un-pooled, (L, H, T). Query head h reads the values of KV head h // (H / G)."""
+    alpha = attention_level(observation, window, settings.scope, settings.queries)
     rho = value_norm(cache)
     return alpha * rho.repeat_interleave(observation.attention.shape[1] // rho.shape[1], dim=1)
 
 
 # ---------------------------------------------------------------------------------------- stage 2: head-aware score
 
-def head_score(u, W):
-    """s[l,t] = max over h of W_head[l,h] u[l,h,t] (Eqs. 5-6): one reliable head can veto an eviction. -> (L, T)."""
-    return (W[:, :, None] * u).amax(1)
+def head_score(u, W, n_sets=1):
+    """s[l,t] = max over h of W_head[l,h] u[l,h,t] (Eqs. 5-6): one reliable head can veto an eviction.
+
+    u (L, H, T), W (L, H) -> (L, n_sets, T): the maximum is over all heads of a layer (n_sets = 1, the paper), or over the
+    query heads of each KV head (n_sets = G).
+    """
+    L, H, T = u.shape
+    return (W[:, :, None] * u).view(L, n_sets, H // n_sets, T).amax(2)
 
 
 # ------------------------------------------------------------------------------------- stage 3: risk-adaptive gate
@@ -119,32 +134,45 @@ def top(s, budget):
     return s.sort(dim=-1, descending=True, stable=True).indices[..., :budget].sort(dim=-1).values
 
 
+def positions_of(chosen):
+    """Positions of the True entries of each row, sorted, padded with -1: (n_sets, T) bool -> (n_sets, most of any row)."""
+    n = chosen.sum(-1, keepdim=True)  # (n_sets, 1)
+    order = (~chosen).sort(dim=-1, stable=True).indices[:, :int(n.max())]  # chosen ones first, in their order
+    return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= n, -1)
+
+
 def gate(s, tau, budget):
     """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
 
-    s: (L, T) with protected tokens at infinity; tau: (L,). Returns L sorted position tensors of at most `budget`
-    entries. Fewer candidates than the budget stay fewer: padding them up would make the gate a no-op.
+    s: (L, n_sets, T) with protected tokens at infinity; tau: (L,). The sets of a layer compete for its n_sets * budget
+    entries. Returns L position tensors as `positions_of` makes them. Fewer candidates than the budget stay fewer: padding
+    them up would make the gate a no-op.
     """
-    n_candidates = (s >= tau[:, None]).sum(-1).tolist()  # (L,)
-    return [top(row, min(n, budget)) for row, n in zip(s, n_candidates)]
+    L, n_sets, T = s.shape
+    s = s.reshape(L, -1)  # -> (L, n_sets T)
+    n = (s >= tau[:, None]).sum(-1, keepdim=True).clamp(max=n_sets * budget)  # (L, 1) entries kept
+    rank = s.sort(dim=-1, descending=True, stable=True).indices  # ties go to the earlier token
+    among_top = torch.arange(s.shape[1], device=s.device) < n  # (L, n_sets T)
+    chosen = torch.zeros_like(among_top).scatter(1, rank, among_top).view(L, n_sets, T)
+    return [positions_of(layer) for layer in chosen]
 
 
-def kept_tokens(u, W, tau, budget, window):
-    """Stages 2 and 3 for every layer: utility (L, H, T), W (L, H), tau (L,) -> L sorted position tensors (S_l,)."""
-    return gate(protect(head_score(u, W), budget, window), tau, budget)
+def kept_tokens(u, W, tau, budget, window, n_sets):
+    """Stages 2 and 3 for every layer: pooled utility (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l)."""
+    return gate(protect(head_score(u, W, n_sets), budget, window), tau, budget)
 
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
-    """CompilerKV, end to end: two table look-ups and a clamp. Without tables W = 1 and tau = 0."""
+    """CompilerKV, end to end: three table look-ups and a clamp. Without tables W = 1, tau = 0 and the default rule."""
     settings, L, H = SETTINGS[name], *observation.attention.shape[:2]
-    entropy, perplexity = risk(observation, settings.window)  # refuses NaN, with tables or without
-    W, tau = torch.ones(L, H), torch.zeros(L)
-    if tables is not None:
-        W, tau = tables.look_up(name, budget, entropy, perplexity)
-    u = utility(observation, cache, settings)  # (L, H, T)
-    kept = kept_tokens(u, W.to(u.device), tau.to(u.device), budget, settings.window)
     G = cache.k[0].shape[1]
-    return [positions.expand(G, -1) for positions in kept]  # one set a layer, shared by its KV heads: (G, S_l)
+    entropy, perplexity = risk(observation, MAX_WINDOW)  # refuses NaN, with tables or without
+    (window, kernel), W, tau = settings.rules[0], torch.ones(L, H), torch.zeros(L)
+    if tables is not None:
+        (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)
+    u = pool(utility(observation, cache, settings, window), kernel)  # (L, H, T)
+    kept = kept_tokens(u, W.to(u.device), tau.to(u.device), budget, window, 1 if settings.shared else G)
+    return [positions.expand(G, -1) for positions in kept]  # (1, S_l) or (G, S_l) -> (G, S_l)
 
 
 def select_compilerkv_paper(observation, cache, budget, tables):
@@ -169,7 +197,7 @@ def select_random(observation, cache, budget, tables):
     """Sinks, window and random others: the floor. Seeded by the prompt's length, so that a prompt always gets the same."""
     generator = torch.Generator().manual_seed(observation.n_tokens)
     s = torch.rand(len(cache.k), cache.k[0].shape[1], observation.n_tokens, generator=generator)
-    return list(top(protect(s, budget, OURS.window), budget))
+    return list(top(protect(s, budget, WINDOW), budget))
 
 
 def select_streaming(observation, cache, budget, tables):
@@ -189,8 +217,8 @@ def select_h2o(observation, cache, budget, tables):
 
 def snapkv_score(observation, G):
     """SnapKV's score: the window's attention, max-pooled over 7 tokens, by KV head; the window itself on top. (L, G, T)."""
-    s = by_kv_head(attention_level(observation, OURS.window, "head", kernel=7), G)
-    s[..., -OURS.window:] = torch.inf
+    s = by_kv_head(pool(attention_level(observation, WINDOW, "head"), 7), G)
+    s[..., -WINDOW:] = torch.inf
     return s
 
 
@@ -209,7 +237,7 @@ def pyramid_budgets(budget, n_layer, window, beta=20):
 def select_pyramidkv(observation, cache, budget, tables):
     """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in low layers and fewer in high ones."""
     s = snapkv_score(observation, cache.k[0].shape[1])
-    return [top(row, n) for row, n in zip(s, pyramid_budgets(budget, len(s), OURS.window))]
+    return [top(row, n) for row, n in zip(s, pyramid_budgets(budget, len(s), WINDOW))]
 
 
 def select_hindsight(observation, cache, budget, tables):
@@ -229,7 +257,7 @@ POLICIES = {
 def check_budget(budget):
     """Raise UserError for a budget that cannot hold the sinks and the window."""
     if budget < MIN_BUDGET:
-        raise UserError(f"a budget of {budget} tokens a layer is too small: the window of {OURS.window} and {SINKS} sink "
+        raise UserError(f"a budget of {budget} tokens a layer is too small: the window of {WINDOW} and {SINKS} sink "
                         f"tokens are always kept, so give at least {MIN_BUDGET}")
 
 
@@ -242,12 +270,15 @@ def select(policy, observation, cache, budget, tables=None):
 
 
 def evict(cache, kept):
-    """A new cache of the kept slots only. cache: a batch of one as prefill made it, slot t = position t; kept: L x (G, S_l)."""
+    """A new cache of the kept slots only. cache: a batch of one as prefill made it, slot t = position t; kept: L x (G, S_l).
+
+    Where a KV head keeps fewer than S_l tokens, its last slots are padding (position -1): no query sees them.
+    """
     k, v, slots = [], [], []
     for l, positions in enumerate(kept):
         keys, values, _ = cache.layer(l)  # (1, G, T, D)
         positions = positions.to(keys.device)[None]  # (G, S) -> (1, G, S)
-        index = positions[..., None].expand(-1, -1, -1, keys.shape[3])  # -> (1, G, S, D)
+        index = positions.clamp(min=0)[..., None].expand(-1, -1, -1, keys.shape[3])  # -> (1, G, S, D)
         k.append(keys.gather(2, index))
         v.append(values.gather(2, index))
         slots.append(positions.clone())
@@ -259,6 +290,7 @@ def evict(cache, kept):
 @dataclass
 class Compiled:
     """The two tables learned for one of SETTINGS, and the bins that index the gate."""
+    rules: np.ndarray          # (budgets, 2) window and kernel
     W_head: np.ndarray         # (budgets, L, H)
     T_gate: np.ndarray         # (budgets, L, 20, 4)
     entropy_edges: np.ndarray  # (19,) ascending, nats
@@ -274,11 +306,11 @@ class Tables:
     provenance: dict = field(default_factory=dict)  # how the tables were made, JSON-serialisable
 
     def look_up(self, name, budget, entropy, perplexity):
-        """W_head (L, H) and tau (L,) for one prompt's risk: O(1) in its length."""
+        """The rule (window, kernel), W_head (L, H) and tau (L,) for one prompt's risk: O(1) in its length."""
         c = self.compiled[name]
         b = int(np.abs(np.log(self.budgets / budget)).argmin())
         e, p = risk_bin(entropy, c.entropy_edges), risk_bin(perplexity, c.ppl_edges)
-        return torch.from_numpy(c.W_head[b]).float(), torch.from_numpy(c.T_gate[b, :, e, p]).float()
+        return tuple(map(int, c.rules[b])), torch.from_numpy(c.W_head[b]).float(), torch.from_numpy(c.T_gate[b, :, e, p]).float()
 
     def save(self, path):
         """Write to a temporary file, then rename: a reader sees the old tables or the new ones, never half of them."""
@@ -313,7 +345,7 @@ class Tables:
         n = self.budgets.size
         if self.budgets.shape != (n,) or n == 0 or not (self.budgets >= MIN_BUDGET).all():
             raise UserError(f"{path}: damaged tables file (budgets {self.budgets})")
-        shapes = {"W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
+        shapes = {"rules": (n, 2), "W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
                   "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
         for name in SETTINGS:
             if name not in self.compiled:
@@ -322,6 +354,8 @@ class Tables:
                 if array.dtype.kind != "f" or array.shape != shapes[key] or not np.isfinite(array).all():
                     raise UserError(f"{path}: {name}/{key} has shape {array.shape} or entries that are not finite numbers; "
                                     f"expected {shapes[key]}")
+                if key == "rules" and not set(map(tuple, array.tolist())) <= set(SETTINGS[name].rules):
+                    raise UserError(f"{path}: {name}/rules has windows and kernels that are not among the method's")
                 if key.endswith("edges") and (np.diff(array) < 0).any():
                     raise UserError(f"{path}: {name}/{key} is not ascending")
 

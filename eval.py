@@ -293,7 +293,7 @@ def compress(policies, budgets, observation, cache, tables):
         start = time.perf_counter()
         caches.append(ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables)))
         seconds = time.perf_counter() - start
-        jobs.append((policy, budget, float(np.mean([n < min(budget, observation.n_tokens) for n in caches[-1].length])), seconds))
+        jobs.append((policy, budget, float(np.mean([(s >= 0).sum().item() < s.shape[1] * min(budget, observation.n_tokens) for s in caches[-1].slots])), seconds))
     return jobs, KVCache.stack(caches)
 
 
@@ -347,7 +347,7 @@ def run_context(model, records, prompts, args, tables):
             kept, ids = batch.kept(), torch.tensor([question], device=model.device)
             hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
             measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
-        risks = {protocol: [round(x, 4) for x in ckv.risk(o, ckv.OURS.window)]
+        risks = {protocol: [round(x, 4) for x in ckv.risk(o, ckv.MAX_WINDOW)]
                  for protocol, o in zip(PROTOCOLS, (observation, seen))}
         out.append({"id": record["_id"], "task": record["dataset"], "n_tokens": len(prompt.tokens), "n_context": n_context,
                     "cut": prompt.cut, "depth": record.get("depth"), "needles": record.get("needles"),
@@ -679,7 +679,7 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
     figure, axes = plt.subplots(n_rows, 2, figsize=(17, n_rows * (0.155 * height + 0.6)), layout="constrained", squeeze=False)
     for axis, policy in zip(axes.flat, policies):
         kept = torch.cat([k.flatten() for k in ckv.select(policy, observation, cache, budget, tables)])  # over layers and KV heads
-        share = kept.bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
+        share = kept[kept >= 0].bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
         share = share.tolist()
         shades = np.full(height * width, np.nan)
         shades[:len(letters)] = [share[t] for t, _ in letters]
@@ -773,7 +773,7 @@ def main(argv=None):
     settings = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": args.seed, "data": args.data.resolve().name, "machine": machine(), "device": str(model.device),
                 "code": hashlib.sha256(code).hexdigest(), "policies": args.policies,
-                "protocols": args.protocols, "budgets": args.budgets, "window": ckv.OURS.window, "sinks": ckv.SINKS,
+                "protocols": args.protocols, "budgets": args.budgets, "window": ckv.WINDOW, "sinks": ckv.SINKS,
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
     finished, interrupted, journal = run(model, work, args, tables, settings)

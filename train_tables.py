@@ -1,15 +1,17 @@
-"""Compile W_head and T_gate offline, from experience with the real model: `python train_tables.py`.
+"""Compile the tables offline, from experience with the real model: `python train_tables.py`.
 
-1. Collect. Every calibration prompt is prefilled once. A pass over the right continuation then shows which prompt tokens
-   it really needs: mass[l,t], the most attention that any of its queries pays, times value length, summed over heads.
-2. Learn. An experience is (state, action, reward): in state (budget, layer, head), W_head takes one of the grid's values
-   while all other heads keep theirs, and the reward is the share of the layer's mass that the kept set keeps. In state
-   (budget, layer, entropy bin, perplexity bin), T_gate takes a threshold, with the same reward less the paper's penalty
-   for candidates beyond the budget. Conservative Q-learning turns the log into a table. The two tables share their
-   reward, so they are learned in turns until the greedy tables stop changing.
-3. Let the loss decide. The share is a proxy, so prompts that took no part in step 2 are rolled out for real: the
-   continuation is teacher-forced from compressed caches, and a bandit on -(loss_compressed - loss_full) chooses, for each
-   budget, how much of log W_head to apply.
+1. Collect. Every calibration prompt is prefilled once. A pass over the right continuation then shows which cache entries it
+   really needs: mass[l,g,t], the most attention that any of its queries pays, times value length, summed over the query heads.
+2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
+   of the pool (ours; the paper has one rule).
+3. Heads. An experience is (state, action, reward): in state (budget, layer, head), W_head takes one of the grid's values
+   while all other heads keep theirs, and the reward is the share of the layer's mass that the kept set keeps. The table takes
+   the action whose gain over W = 1 is largest by a cautious count: mean less one standard error over prompts.
+4. Gate. In state (budget, layer, entropy bin, perplexity bin), T_gate takes a threshold, with the same reward less the
+   paper's penalty for candidates beyond the budget; conservative Q-learning turns the log into a table.
+   Heads and gate share their reward, so they are learned in turns until the greedy tables stop changing.
+5. Let the loss decide. The share is a proxy, so prompts that took no part in steps 2-4 are rolled out for real, and a bandit
+   chooses, for each budget, how much of log W_head to apply.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -34,23 +36,29 @@ from model import KVCache, UserError, load
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 64       # tokens of continuation scored at most (the paper: 128)
-HOLD_OUT = 3            # every third prompt only decides in step 3
+KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
 PRIOR = 3               # pseudo-experiences by which a rare gate state leans on its layer's mean
 SEEN_NEVER = 0.8        # tau of a gate state that was never visited (the paper's: keep more)
 MAX_ROUNDS = 2
+ROWS = 24               # roll-outs in one batch: bounds memory
 LEARNING_RATE = 3e-4   # of AdamW, as in the paper
 
 
 @dataclasses.dataclass
 class Sample:
     """One calibration prompt, prefilled: all that learning needs."""
-    u: dict              # name of a setting -> (L, H, T) utility of Eq. 4
-    risk: dict           # name of a setting -> (entropy, perplexity)
-    mass: torch.Tensor   # (L, T) share of the continuation's attention, 0 on tokens that are always kept, sum 1 a layer
-    cache: KVCache       # None for prompts that are never rolled out: caches are what takes memory
+    u: dict              # (name of a setting, window) -> (L, H, T) utility of Eq. 4, un-pooled, float16
+    risk: tuple          # (entropy, perplexity)
+    mass: torch.Tensor   # (L, G, T) share of the continuation's attention, 0 on tokens that are always kept, sum 1 a layer
+    cache: KVCache       # the full one
     logits: torch.Tensor  # (V,) of the last prompt token
     continuation: list   # token ids
     loss_full: float     # nats a token from the full cache
+
+    def pooled(self, name, rule):
+        """Utility (L, H, T) as a rule (window, kernel) reads it, float32."""
+        window, kernel = rule
+        return ckv.pool(self.u[name, window].float(), kernel)
 
 
 def read_prompts(path, limit):
@@ -72,18 +80,18 @@ def read_prompts(path, limit):
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {n}: malformed prompt: {error}") from None
             prompts.append(row)
-    if len(prompts) < HOLD_OUT:
+    if len(prompts) <= KINDS:
         raise UserError(f"{path}: {len(prompts)} prompts are too few to learn from and to decide on")
-    return prompts[::max(1, len(prompts) // limit)][:limit] if limit else prompts
+    return prompts[:limit]
 
 
 # ------------------------------------------------------------------------------------------------------------- collect
 
-def collect(model, prompt, roll_out):
+def collect(model, prompt):
     """Prefill one prompt, look at what its continuation attends to, and keep what learning needs."""
-    tokenizer = model.tokenizer
+    tokenizer, G = model.tokenizer, model.config.n_kv_head
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
-    continuation = tokenizer.encode(prompt["continuation"])[:CONTINUATION]
+    continuation = tokenizer.encode(prompt["continuation"], begin=False)[:CONTINUATION]
     if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
         raise UserError(f"calibration prompt {prompt['id']}: {len(tokens)} tokens are too few to compress; give more than "
                         f"{ckv.MAX_WINDOW + ckv.SINKS}")
@@ -94,76 +102,82 @@ def collect(model, prompt, roll_out):
     cache.rewind(before)
     needed = attention[..., :len(tokens)].float().amax(2)  # (L, H, n, T + n) -> (L, H, T)
     L, H, T = needed.shape
-    mass = (needed * ckv.value_norm(cache).repeat_interleave(H // model.config.n_kv_head, 1)).sum(1)  # (L, H, T) -> (L, T)
-    mass[:, :ckv.SINKS] = 0
-    mass[:, T - ckv.OURS.window:] = 0
-    u = {name: ckv.utility(observation, cache, s) for name, s in ckv.SETTINGS.items()}
-    risk = {name: ckv.risk(observation, s.window) for name, s in ckv.SETTINGS.items()}
-    return Sample(u, risk, mass / mass.sum(1, keepdim=True), cache if roll_out else None, logits, continuation, loss_full)
+    mass = needed.view(L, G, H // G, T).sum(2) * ckv.value_norm(cache)  # (L, G, T)
+    mass[..., :ckv.SINKS] = 0
+    mass[..., T - min(w for w, _ in ckv.OURS.rules):] = 0
+    u = {(name, w): ckv.utility(observation, cache, s, w).half() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
+    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), mass / mass.sum((1, 2), keepdim=True), cache, logits, continuation,
+                  loss_full)
 
 
 # --------------------------------------------------------------------------------------------------------------- learn
 
-def protected_scores(s, budget, window):
-    """Scores (..., T) of the tokens that compete, and how many places are left for them after sinks and window."""
+def sets_of(name, model_config):
+    """How many kept sets a layer has under one reading of the method."""
+    return 1 if ckv.SETTINGS[name].shared else model_config.n_kv_head
+
+
+def threshold(s, budget, window):
+    """The lowest score (..., 1) that still finds a place in its layer. s: (..., L, n_sets, T) -> competing (..., L, N), (..., L, 1)."""
     window = min(window, budget - ckv.SINKS)
-    return s[..., ckv.SINKS:s.shape[-1] - window], budget - ckv.SINKS - window
-
-
-def kept_share(s, mass, budget, window, tau):
-    """Share of the mass that the kept set keeps: s (..., L, T), mass (L, T), tau (L,) -> (..., L)."""
-    s, places = protected_scores(s, budget, window)
-    mass, _ = protected_scores(mass, budget, window)
+    places = s.shape[-2] * (budget - ckv.SINKS - window)
+    competing = s[..., ckv.SINKS:s.shape[-1] - window].flatten(-2)  # (..., L, n_sets T')
     if places == 0:
-        return s.new_zeros(s.shape[:-1])
-    if places < s.shape[-1]:  # the clamp: the lowest score that still finds a place
-        tau = torch.maximum(s.kthvalue(s.shape[-1] - places + 1, dim=-1).values, tau)
-    return (mass * (s >= tau[..., None])).sum(-1)
+        return competing, competing.new_full((*competing.shape[:-1], 1), torch.inf)
+    if places >= competing.shape[-1]:
+        return competing, competing.new_full((*competing.shape[:-1], 1), -torch.inf)
+    return competing, competing.kthvalue(competing.shape[-1] - places + 1, dim=-1, keepdim=True).values
 
 
-def head_experience(samples, name, b, budget, h, W, taus):
-    """Every grid value tried for head h of every layer, all else as in W: states, actions, rewards (N,) each.
+def competing_mass(sample, n_sets, budget, window):
+    """The mass of the tokens that compete, in the layout of `threshold`: (L, n_sets T')."""
+    window = min(window, budget - ckv.SINKS)
+    mass = sample.mass if n_sets > 1 else sample.mass.sum(1, keepdim=True)  # (L, n_sets, T)
+    return mass[..., ckv.SINKS:mass.shape[-1] - window].flatten(1)
 
-    The reward is counted from that of W = 1 on the same prompt, so that prompts of different difficulty compare.
-    """
-    settings, (_, L, H) = ckv.SETTINGS[name], W.shape
+
+def head_rewards(sample, name, rule, budget, W, tau):
+    """Reward of every grid value for every head, others as in W (L, H), less that of W = 1: (A, L, H)."""
+    settings, (L, H) = ckv.SETTINGS[name], W.shape
+    n_sets = 1 if settings.shared else sample.mass.shape[1]
     grid = torch.tensor(settings.W_grid, dtype=torch.float32)
-    neutral = int(np.abs(np.log(settings.W_grid)).argmin())
-    others = torch.from_numpy(W[b]).float()
-    others[:, h] = 0
-    rewards = []
-    for sample, tau in zip(samples, taus):
-        u = sample.u[name]
-        rest = ckv.head_score(u, others)  # (L, T)
-        s = torch.maximum(rest, grid[:, None, None] * u[:, h])  # (A, L, T)
-        share = kept_share(s, sample.mass, budget, settings.window, tau)  # (A, L)
-        rewards.append((share - share[neutral]).T)  # (L, A)
-    rewards = torch.stack(rewards).numpy()  # (P, L, A)
-    state = (b * L + np.arange(L)) * H + h
-    _, l, a = np.indices(rewards.shape)
-    return state[l].ravel(), a.ravel(), rewards.ravel()
+    neutral = int(grid.log().abs().argmin())
+    u, window = sample.pooled(name, rule), rule[0]
+    mass = competing_mass(sample, n_sets, budget, window)
+    weighted, rewards = W[:, :, None] * u, []  # (L, H, T)
+    for h in range(H):
+        others = weighted.clone()
+        others[:, h] = 0
+        g = h * n_sets // H
+        s = others.view(L, n_sets, H // n_sets, -1).amax(2).expand(len(grid), -1, -1, -1).clone()  # (A, L, n_sets, T)
+        s[:, :, g] = torch.maximum(s[:, :, g], grid[:, None, None] * u[:, h])
+        competing, lowest = threshold(s, budget, window)
+        kept = competing >= torch.maximum(lowest, tau[:, None])
+        share = (mass * kept).sum(-1)  # (A, L)
+        rewards.append(share - share[neutral])
+    return torch.stack(rewards, -1)
 
 
-def gate_experience(samples, bins, name, b, budget, W):
-    """Every threshold tried in every layer: states, actions, rewards (N,); rewards are the paper's gate reward."""
-    settings, L = ckv.SETTINGS[name], W.shape[1]
-    grid = torch.tensor(settings.tau_grid, dtype=torch.float32)
-    states, actions, rewards = [], [], []
-    for sample, (e, p) in zip(samples, bins):
-        s = ckv.head_score(sample.u[name], torch.from_numpy(W[b]).float())  # (L, T)
-        T = s.shape[-1]
-        share = kept_share(s.expand(len(grid), L, T), sample.mass, budget, settings.window, grid[:, None].expand(-1, L))
-        competing, places = protected_scores(s, budget, settings.window)
-        beyond = ((competing >= grid[:, None, None]).sum(-1) - places).clamp(min=0)  # (A, L) candidates the clamp drops
-        rewards.append((share - beyond / T).T.numpy())  # (L, A)
-        states.append(np.repeat(gate_state(b, np.arange(L), e, p, L), len(grid)))
-        actions.append(np.tile(np.arange(len(grid)), L))
-    return np.concatenate(states), np.concatenate(actions), np.concatenate([r.ravel() for r in rewards])
+def learn_heads(samples, name, rules, W, taus, budgets):
+    """One sweep over all heads at once, every action tried on every prompt. Returns the new W and the number of experiences."""
+    settings, W, count = ckv.SETTINGS[name], W.copy(), 0
+    grid = np.array(settings.W_grid)
+    neutral = int(np.abs(np.log(grid)).argmin())
+    for b, budget in enumerate(budgets):
+        old = torch.from_numpy(W[b]).float()
+        bandit = EpsilonGreedy(old.numel(), len(grid), default=neutral)
+        for sample, tau in zip(samples, taus[b]):
+            rewards = head_rewards(sample, name, rules[b], budget, old, tau).flatten(1).T.numpy()  # (A, L, H) -> (L H, A)
+            states, actions = np.indices(rewards.shape)
+            bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
+            count += rewards.size
+        W[b] = grid[bandit.cautious(neutral)].reshape(W[b].shape)
+    return W, count
 
 
-def risk_bins(samples, name, edges):
+def risk_bins(samples, edges):
     """The (entropy bin, perplexity bin) of every sample."""
-    return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk[name], edges)) for sample in samples]
+    return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk, edges)) for sample in samples]
 
 
 def gate_state(b, l, e, p, L):
@@ -171,46 +185,37 @@ def gate_state(b, l, e, p, L):
     return ((b * L + l) * ckv.N_ENTROPY_BINS + e) * ckv.N_PPL_BINS + p
 
 
-def standardised(rewards):
-    """Rewards on the scale of one, so that one learning rate fits every state."""
-    return (rewards / (np.std(rewards) + 1e-12)).astype(np.float32)
+def gate_rewards(sample, name, rule, budget, W):
+    """Reward of every threshold in every layer: the share kept, less the paper's max(0, candidates - budget) / T. (L, A)."""
+    settings, T = ckv.SETTINGS[name], sample.mass.shape[-1]
+    n_sets = 1 if settings.shared else sample.mass.shape[1]
+    competing, lowest = threshold(ckv.head_score(sample.pooled(name, rule), W, n_sets), budget, rule[0])  # (L, N), (L, 1)
+    mass, always = competing_mass(sample, n_sets, budget, rule[0]), T - competing.shape[-1] // n_sets
+    rewards = []
+    for tau in settings.tau_grid:
+        candidates = always + (competing >= tau).sum(-1) / n_sets  # (L,) tokens, mean over the layer's sets
+        share = (mass * (competing >= lowest.clamp(min=tau))).sum(-1)
+        rewards.append(share - (candidates - budget).clamp(min=0) / T)
+    return torch.stack(rewards, 1).numpy()
 
 
-def learn_heads(samples, name, W, taus, budgets, generator, rng):
-    """One sweep over the heads in random order, one Q-table a budget and head. Returns the new W and the experiences used."""
-    settings, (_, L, H) = ckv.SETTINGS[name], W.shape
-    neutral, W, count = int(np.abs(np.log(settings.W_grid)).argmin()), W.copy(), 0
-    for b, budget in enumerate(budgets):
-        if budget <= settings.window + ckv.SINKS:
-            continue  # no token competes: nothing to learn, W stays 1
-        for h in rng.permutation(H):
-            states, actions, rewards = head_experience(samples, name, b, budget, h, W, taus[b])
-            learner = ConservativeQ(W.size, len(settings.W_grid), lr=LEARNING_RATE, default=neutral)
-            learner.update(states, actions, standardised(rewards))
-            learner.fit(generator)
-            W[b, :, h] = np.array(settings.W_grid)[learner.greedy()].reshape(W.shape)[b, :, h]
-            count += len(rewards)
-    return W, count
-
-
-def learn_gate(samples, name, W, edges, budgets, generator):
-    """T_gate given W: a Q-table over (budget, layer, bins). Returns T (budgets, L, 20, 4), its visits and the experiences."""
+def learn_gate(samples, name, rules, W, edges, budgets, generator):
+    """T_gate given W: a Q-table over (budget, layer, bins). Returns T (budgets, L, 20, 4), which states were seen, experiences."""
     settings, (_, L, _) = ckv.SETTINGS[name], W.shape
     shape = (len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)
-    bins = risk_bins(samples, name, edges)
+    bins = risk_bins(samples, edges)
     learner = ConservativeQ(int(np.prod(shape)), len(settings.tau_grid), lr=LEARNING_RATE)
     count = 0
+    l, a = np.indices((L, len(settings.tau_grid)))
     for b, budget in enumerate(budgets):
-        states, actions, rewards = gate_experience(samples, bins, name, b, budget, W)
-        rewards = standardised(rewards)
-        learner.update(states, actions, rewards)
-        count += len(rewards)
-        # A rare state leans on its parent: PRIOR pseudo-experiences carry the mean reward of its layer.
-        mean = rewards.reshape(len(samples), L, -1).mean(0)  # (P, L, A) -> (L, A)
-        for e, p in sorted(set(bins)):
-            l, a = np.indices(mean.shape)
+        rewards = np.stack([gate_rewards(s, name, rules[b], budget, torch.from_numpy(W[b]).float()) for s in samples])  # (P, L, A)
+        rewards = (rewards / (rewards.std() + 1e-12)).astype(np.float32)  # one learning rate fits every budget
+        count += rewards.size
+        for (e, p), reward in zip(bins, rewards):
+            learner.update(gate_state(b, l, e, p, L).ravel(), a.ravel(), reward.ravel())
+        for e, p in sorted(set(bins)):  # a rare state leans on its parent, the layer: PRIOR pseudo-experiences of its mean
             for _ in range(PRIOR):
-                learner.update(gate_state(b, l, e, p, L).ravel(), a.ravel(), mean.ravel())
+                learner.update(gate_state(b, l, e, p, L).ravel(), a.ravel(), rewards.mean(0).ravel())
     learner.fit(generator)
     visits = learner.visits.sum(1).reshape(shape)
     T = np.where(visits > 0, np.array(settings.tau_grid)[learner.greedy()].reshape(shape), SEEN_NEVER)
@@ -219,91 +224,103 @@ def learn_gate(samples, name, W, edges, budgets, generator):
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
 
-def roll_out(model, sample, name, settings_of):
-    """Loss, nats a token, of the continuation from one compressed cache for each (W (L, H), tau (L,), budget): (N,)."""
+def roll_out(model, sample, name, jobs):
+    """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau (L,), budget): (N,)."""
     caches, G = [], model.config.n_kv_head
-    for W, tau, budget in settings_of:
-        kept = ckv.kept_tokens(sample.u[name], torch.from_numpy(W).float(), torch.from_numpy(tau).float(), budget,
-                               ckv.SETTINGS[name].window)
+    for rule, W, tau, budget in jobs:
+        W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
+        kept = ckv.kept_tokens(sample.pooled(name, rule), W, tau, budget, rule[0], sets_of(name, model.config))
         caches.append(ckv.evict(sample.cache, [k.expand(G, -1) for k in kept]))
-    return model.nll(KVCache.stack(caches), sample.logits, sample.continuation).numpy()
+    return np.concatenate([model.nll(KVCache.stack(caches[i:i + ROWS]), sample.logits, sample.continuation).numpy()
+                           for i in range(0, len(caches), ROWS)])
 
 
-def choose_strength(model, samples, name, W, taus, budgets, progress):
-    """W ** strength by budget: the action with the best mean reward -(loss_compressed - loss_full) of real roll-outs.
-
-    Returns the tempered W and the mean rewards (budgets, strengths).
-    """
-    strengths = ckv.SETTINGS[name].strengths
-    bandit = EpsilonGreedy(len(W), len(strengths))
+def choose(model, samples, name, budgets, actions, job_of, progress):
+    """For each budget the action whose real roll-outs lose least. Returns their indices and the mean rewards (budgets, actions)."""
+    bandit = EpsilonGreedy(len(budgets), len(actions))
+    b, a = (x.ravel() for x in np.indices((len(budgets), len(actions))))
     for i, sample in enumerate(samples):
-        jobs = [(W[b] ** x, taus[b][i].numpy(), budget) for b, budget in enumerate(budgets) for x in strengths]
-        rewards = sample.loss_full - roll_out(model, sample, name, jobs)
-        b, a = np.divmod(np.arange(len(jobs)), len(strengths))
+        rewards = sample.loss_full - roll_out(model, sample, name, [job_of(b_, actions[a_], i) for b_, a_ in zip(b, a)])
         bandit.update(b, a, rewards)
-        progress.update(len(jobs))
-    strength = np.array(strengths)[bandit.greedy()]
-    return W ** strength[:, None, None], bandit.values()
+        progress.update(len(rewards))
+    return bandit.greedy(), bandit.values()
 
 
-def look_up_taus(samples, name, T, edges):
+def look_up_taus(samples, T, edges):
     """The gate's threshold for every budget and sample: [budget][sample] -> (L,)."""
-    return [[torch.from_numpy(T_b[:, e, p]).float() for e, p in risk_bins(samples, name, edges)] for T_b in T]
+    return [[torch.from_numpy(T_b[:, e, p]).float() for e, p in risk_bins(samples, edges)] for T_b in T]
+
+
+def halves(samples):
+    """Two halves of the corpus, each with every kind and layout: to learn from, and to decide on."""
+    parts = [s for i, s in enumerate(samples) if i // KINDS % 2 == 0], [s for i, s in enumerate(samples) if i // KINDS % 2]
+    return parts
 
 
 def compile_tables(model, samples, name, budgets, rounds, seed, say):
     """The coupled compilation of one reading of the method. Returns ckv.Compiled and its evidence as a dict."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    generator, settings = torch.Generator().manual_seed(seed), ckv.SETTINGS[name]
     L, H = model.config.n_layer, model.config.n_head
-    learn_on = [s for i, s in enumerate(samples) if i % HOLD_OUT != HOLD_OUT - 1]
-    decide_on = [s for i, s in enumerate(samples) if i % HOLD_OUT == HOLD_OUT - 1]
-    quantiles = [np.quantile([s.risk[name][i] for s in learn_on], np.arange(1, n) / n)
+    learn_on, decide_on = halves(samples)
+    quantiles = [np.quantile([s.risk[i] for s in learn_on], np.arange(1, n) / n)
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
     W, T = np.ones((len(budgets), L, H)), np.zeros((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))
     evidence = {"rounds": [], "roll_outs": 0, "head_experiences": 0, "gate_experiences": 0}
-    strengths = ckv.SETTINGS[name].strengths
-    n_roll_outs = len(budgets) * len(strengths) * len(decide_on)
+    named = lambda actions, rewards: {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
+    with tqdm(desc=f"{name}, rules", unit="roll-out", leave=False) as progress:
+        chosen, rewards = choose(model, learn_on, name, budgets, settings.rules,
+                                 lambda b, rule, i: (rule, W[b], T[b, :, 0, 0], budgets[b]), progress)
+    rules = [settings.rules[i] for i in chosen]
+    evidence["dnll_by_rule"], evidence["roll_outs"] = named(settings.rules, rewards), len(learn_on) * rewards.size
+    for budget, rule, r in zip(budgets, rules, rewards):
+        say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
     for round_ in range(rounds):
         start = time.time()
-        raw, n = learn_heads(learn_on, name, W, look_up_taus(learn_on, name, T, quantiles), budgets, generator, rng)
+        raw, n = learn_heads(learn_on, name, rules, W, look_up_taus(learn_on, T, quantiles), budgets)
         evidence["head_experiences"] += n
-        with tqdm(total=n_roll_outs, desc=f"{name}, round {round_ + 1}", unit="roll-out", leave=False) as progress:
-            taus = look_up_taus(decide_on, name, T, quantiles)
-            new_W, rewards = choose_strength(model, decide_on, name, raw, taus, budgets, progress)
-        evidence["roll_outs"] += n_roll_outs
-        new_T, seen, n = learn_gate(learn_on, name, new_W, quantiles, budgets, generator)
+        if round_ == 0:  # the same sweep on the other half: would other prompts have made the same table?
+            other, _ = learn_heads(decide_on, name, rules, W, look_up_taus(decide_on, T, quantiles), budgets)
+            evidence["rank_agreement_of_halves"] = {str(b): evaluation.rank_correlation(x.ravel(), y.ravel())
+                                                    for b, x, y in zip(budgets, raw, other)}
+            say(f"{name}: rank agreement of W_head from two halves {evidence['rank_agreement_of_halves']}")
+        taus = look_up_taus(decide_on, T, quantiles)
+        with tqdm(desc=f"{name}, round {round_ + 1}", unit="roll-out", leave=False) as progress:
+            chosen, rewards = choose(model, decide_on, name, budgets, settings.strengths,
+                                     lambda b, x, i: (rules[b], raw[b] ** x, taus[b][i], budgets[b]), progress)
+        strength = np.array(settings.strengths)[chosen]
+        new_W = raw ** strength[:, None, None]
+        evidence["roll_outs"] += len(decide_on) * rewards.size
+        new_T, seen, n = learn_gate(learn_on, name, rules, new_W, quantiles, budgets, generator)
         evidence["gate_experiences"] += n
         changed = {"W_head": float((new_W != W).mean()), "T_gate": float((new_T != T).mean())}
         W, T = new_W, new_T
-        evidence["rounds"].append({
-            "entries_changed": changed, "seconds": round(time.time() - start, 1),
-            "held_out_dnll_by_strength": {str(b): dict(zip(map(str, strengths), (-r).round(4).tolist()))
-                                          for b, r in zip(budgets, rewards)}})
+        evidence["rounds"].append({"entries_changed": changed, "seconds": round(time.time() - start, 1),
+                                   "held_out_dnll_by_strength": named(settings.strengths, rewards)})
         say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of "
             f"T_gate changed, {time.time() - start:.0f} s")
         for b, r in zip(budgets, rewards):
-            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(strengths, r)))
+            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(settings.strengths, r)))
         if not any(changed.values()):
             break
     evidence["gate_states_seen"] = float(seen.mean())
     visits = np.zeros((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS), dtype=int)  # prompts a gate state, the same in every layer
-    np.add.at(visits, tuple(zip(*risk_bins(learn_on, name, quantiles))), 1)
+    np.add.at(visits, tuple(zip(*risk_bins(learn_on, quantiles))), 1)
     evidence["visits"] = visits.tolist()
-    evidence["check"] = check(model, decide_on, name, W, T, quantiles, budgets)
-    return ckv.Compiled(W, T, *quantiles), evidence
+    evidence["check"] = check(model, decide_on, name, rules, W, T, quantiles, budgets)
+    return ckv.Compiled(np.array(rules, dtype=float), W, T, *quantiles), evidence
 
 
-def check(model, samples, name, W, T, edges, budgets):
-    """Held-out roll-outs without tables, with W_head, with both: mean dNLL by budget, and what the gate did."""
-    taus, rows = look_up_taus(samples, name, T, edges), {}
+def check(model, samples, name, rules, W, T, edges, budgets):
+    """Held-out roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did."""
+    taus, rows, n_sets = look_up_taus(samples, T, edges), {}, sets_of(name, model.config)
     for b, budget in enumerate(budgets):
         losses, sizes = [], []
         for i, sample in enumerate(samples):
-            tau = taus[b][i].numpy()
-            losses.append(roll_out(model, sample, name, [(np.ones_like(W[b]), 0 * tau, budget), (W[b], 0 * tau, budget),
-                                                         (W[b], tau, budget)]) - sample.loss_full)
-            sizes += map(len, ckv.kept_tokens(sample.u[name], torch.from_numpy(W[b]).float(), taus[b][i], budget,
-                                              ckv.SETTINGS[name].window))
+            tau, rule = taus[b][i], rules[b]
+            losses.append(roll_out(model, sample, name, [(rule, np.ones_like(W[b]), 0 * tau, budget), (rule, W[b], 0 * tau, budget),
+                                                         (rule, W[b], tau, budget)]) - sample.loss_full)
+            kept = ckv.kept_tokens(sample.pooled(name, rule), torch.from_numpy(W[b]).float(), tau, budget, rule[0], n_sets)
+            sizes += [int((k >= 0).sum()) / n_sets for k in kept]
         mean = np.mean(losses, 0).round(4).tolist()
         rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
                              "kept_mean": round(float(np.mean(sizes)), 1),
@@ -370,9 +387,9 @@ def main(argv=None):
     out.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     try:
         for prompt in tqdm(prompts, desc="prefill", unit="prompt", dynamic_ncols=True):
-            samples.append(collect(model, prompt, roll_out=len(samples) % HOLD_OUT == HOLD_OUT - 1))
+            samples.append(collect(model, prompt))
     except KeyboardInterrupt:  # learn from what is there, but do not replace the full tables
-        if len(samples) < 2 * HOLD_OUT:
+        if len(samples) < 2 * KINDS:
             raise
         out = args.out.with_name(f"{args.out.stem}.partial.npz")
         print(f"interrupted: compiling {out.name} from {len(samples)} prompts (Ctrl-C again to stop)", file=sys.stderr)
@@ -385,7 +402,7 @@ def main(argv=None):
     provenance = {
         "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed,
         "machine": evaluation.machine(), "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
-        "learner": f"conservative Q-learning, c 0.75, AdamW lr {LEARNING_RATE}", "evidence": evidence,
+        "learner": f"rules and heads: mean reward of every action; gate: conservative Q-learning, c 0.75, AdamW lr {LEARNING_RATE}", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, provenance).save(out)
     stem = out.with_suffix("")
