@@ -118,7 +118,10 @@ def sets_of(name, model_config):
 
 
 def threshold(s, budget, window):
-    """The lowest score (..., 1) that still finds a place in its layer. s: (..., L, n_sets, T) -> competing (..., L, N), (..., L, 1)."""
+    """The scores that compete, (..., L, n_sets, T) -> (..., L, N), and the lowest that still finds a place, (..., L, 1).
+
+    All that tie with it count as kept here: a plateau of the pool may exceed the budget by its width, for every action alike.
+    """
     window = min(window, budget - ckv.SINKS)
     places = s.shape[-2] * (budget - ckv.SINKS - window)
     competing = s[..., ckv.SINKS:s.shape[-1] - window].flatten(-2)  # (..., L, n_sets T')
@@ -389,7 +392,7 @@ def main(argv=None):
         for prompt in tqdm(prompts, desc="prefill", unit="prompt", dynamic_ncols=True):
             samples.append(collect(model, prompt))
     except KeyboardInterrupt:  # learn from what is there, but do not replace the full tables
-        if len(samples) < 2 * KINDS:
+        if len(samples) <= KINDS:
             raise
         out = args.out.with_name(f"{args.out.stem}.partial.npz")
         print(f"interrupted: compiling {out.name} from {len(samples)} prompts (Ctrl-C again to stop)", file=sys.stderr)

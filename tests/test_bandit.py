@@ -168,3 +168,14 @@ def test_the_order_of_experience_does_not_matter_and_visits_count(seed):
         assert np.allclose(once.values(), parts.values(), rtol=0, atol=1e-9)
         assert once.visits.tolist() == parts.visits.tolist()
         assert all(once.visits[s, a] == ((states == s) & (actions == a)).sum() for s, a in np.ndindex(3, 5))
+
+
+def test_a_cautious_choice_needs_more_than_luck():
+    """Guards against one lucky experience that outweighs the action known to be neutral, and against caution without end."""
+    bandit = EpsilonGreedy(3, 3)
+    for state, rewards in enumerate(([0.0, 0.0], [0.5, -0.3], [0.2, 0.3])):  # action 1: nothing, noise, gain
+        bandit.update([state] * 2, [0] * 2, [0.0, 0.0])
+        bandit.update([state] * 2, [1] * 2, rewards)
+        bandit.update([state] * 2, [2] * 2, [-1.0, -1.0])
+    assert bandit.greedy().tolist() == [0, 1, 1]
+    assert bandit.cautious(neutral=0).tolist() == [0, 0, 1]

@@ -12,16 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from compilerkv import (MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, OURS, PAPER, POLICIES, SETTINGS, SINKS, Compiled,
-                        Settings, Tables, attention_level, by_kv_head, gate, head_score, protect, pyramid_budgets, risk,
-                        risk_bin, select, utility, value_norm, write_atomically)
+from compilerkv import (MAX_WINDOW, MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, OURS, PAPER, POLICIES, SETTINGS, SINKS, WINDOW,
+                        Compiled, Settings, Tables, attention_level, by_kv_head, evict, gate, head_score, pool,
+                        positions_of, protect, pyramid_budgets, risk, risk_bin, select, utility, value_norm,
+                        write_atomically)
 from helpers import assert_one_line
 from model import KVCache, Observation, UserError
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
 L, H, G, D = 3, 4, 2, 8
-HEADWISE = ("h2o", "snapkv", "pyramidkv", "random", "hindsight")  # policies whose KV heads choose for themselves
+HEADWISE = ("h2o", "snapkv", "pyramidkv", "random", "compilerkv", "hindsight")  # policies whose KV heads choose for themselves
 
 properties = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -55,8 +56,9 @@ def random_prompt(seed, L=L, H=H, G=G, T=100, w=64, ties=False):
 def constant_tables(W=1.0, tau=0.0, sizes=(64, 256)):
     """Tables that say the same for every head and every risk."""
     n = len(sizes)
-    compiled = {name: Compiled(np.full((n, L, H), W), np.full((n, L, N_ENTROPY_BINS, N_PPL_BINS), tau),
-                               np.linspace(1, 5, N_ENTROPY_BINS - 1), np.array([2.0, 4.0, 8.0])) for name in SETTINGS}
+    compiled = {name: Compiled(np.array([s.rules[0]] * n, dtype=float), np.full((n, L, H), W), np.full((n, L, N_ENTROPY_BINS, N_PPL_BINS), tau),
+                               np.linspace(1, 5, N_ENTROPY_BINS - 1), np.array([2.0, 4.0, 8.0]))
+                for name, s in SETTINGS.items()}
     return Tables(np.array(sizes), "f" * 64, compiled, {"seed": 0})
 
 
@@ -70,7 +72,7 @@ def same(kept, others):
 
 def as_sets(kept):
     """Kept positions as one set for each layer and KV head, in order."""
-    return [set(row.tolist()) for positions in kept for row in positions]
+    return [set(row[row >= 0].tolist()) for positions in kept for row in positions]
 
 
 # ---------------------------------------------------------------------------------------------- stage 1: the utility
@@ -84,9 +86,11 @@ def test_the_worked_example_of_the_method():
     alpha, rho = attention_level(observation, window=2, scope="model"), value_norm(cache)
     assert alpha.flatten().tolist() == [0.75, 1.5, 0.75]
     assert rho.tolist() == [[[1.0, 1.0, 1.0], [0.5, 1.0, 1.5]]]
-    u = utility(observation, cache, Settings("model", 1, 2, (), (), ()))
+    u = utility(observation, cache, Settings("model", "mean", True, (), (), (), ()), window=2)
     assert torch.equal(u, alpha * rho)
-    assert head_score(u, torch.tensor([[1.0, 1.5]])).tolist() == [[0.75, 2.25, 1.6875]]
+    W = torch.tensor([[1.0, 1.5]])
+    assert head_score(u, W).tolist() == [[[0.75, 2.25, 1.6875]]]
+    assert head_score(u, W, n_sets=2).tolist() == [[[0.75, 1.5, 0.75], [0.5625, 2.25, 1.6875]]]
 
 
 @pytest.mark.parametrize("scope, shape", [("model", (1, 1)), ("layer", (L, 1)), ("head", (L, H))])
@@ -106,12 +110,15 @@ def test_alpha_looks_at_the_last_queries_only():
     assert torch.equal(attention_level(observation, 32, "head"), attention_level(shorter, 64, "head"))
     with pytest.raises(ValueError):
         attention_level(observation, 32, "heads")
+    assert torch.equal(attention_level(observation, 32, "head", "max"), 100 * observation.attention[:, :, 32:].amax(2))
 
 
 def test_pooling_takes_the_maximum_of_the_neighbours():
     """Guards against a pool that is off by one token, or that averages."""
     observation, _ = random_prompt(seed=2, T=50)
-    plain, pooled = (attention_level(observation, 32, "head", kernel) for kernel in (1, 7))
+    plain = attention_level(observation, 32, "head")
+    pooled = pool(plain, 7)
+    assert torch.equal(pool(plain, 1), plain)
     for t in range(50):
         assert torch.equal(pooled[..., t], plain[..., max(t - 3, 0):t + 4].amax(-1))
 
@@ -141,7 +148,7 @@ def test_a_query_head_reads_the_values_of_its_own_kv_head():
     observation, cache = random_prompt(seed=3)
     changed = copy.deepcopy(cache)
     changed.v[0][0, 1, 10] *= 5.0
-    difference = (utility(observation, changed, OURS) - utility(observation, cache, OURS)).abs().sum(-1)  # (L, H)
+    difference = (utility(observation, changed, OURS, 32) - utility(observation, cache, OURS, 32)).abs().sum(-1)  # (L, H)
     assert (difference > 0).tolist() == [[False, False, True, True], [False] * 4, [False] * 4]
     x = torch.rand(L, H, 20)
     assert torch.equal(by_kv_head(x, G), torch.stack([(x[:, 0] + x[:, 1]) / 2, (x[:, 2] + x[:, 3]) / 2], 1))
@@ -155,8 +162,8 @@ def test_one_heads_weight_can_change_the_order_of_tokens():
     for W in (torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5, 1.5]]), torch.tensor([[1.5, 0.1]])):
         averaged = (W[:, :, None] * u.mean(1, keepdim=True)).amax(1)
         assert averaged.argsort(descending=True).tolist() == [[0, 1]]  # whatever W is
-    assert head_score(u, torch.tensor([[1.0, 1.0]])).tolist() == [[3.0, 2.0]]
-    assert head_score(u, torch.tensor([[0.5, 1.5]])).tolist() == [[1.5, 3.0]]
+    assert head_score(u, torch.tensor([[1.0, 1.0]])).tolist() == [[[3.0, 2.0]]]
+    assert head_score(u, torch.tensor([[0.5, 1.5]])).tolist() == [[[1.5, 3.0]]]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -166,7 +173,8 @@ def test_W_head_changes_the_kept_set(name):
     tables = constant_tables()
     tables.compiled[name].W_head[:, :, 0] = np.exp(3)
     plain, weighted = select(name, observation, cache, 80), select(name, observation, cache, 80, tables)
-    assert not same(plain, weighted) and [p.shape for p in plain] == [p.shape for p in weighted]
+    assert not same(plain, weighted)
+    assert [(p >= 0).sum() for p in plain] == [(p >= 0).sum() for p in weighted] == [G * 80] * L
 
 
 # ---------------------------------------------------------------------------------------------- stage 3: the risk gate
@@ -238,9 +246,9 @@ def test_a_larger_budget_keeps_a_superset(T, small, more, tau, seed):
     for name in SETTINGS:
         few, many = (select(name, observation, cache, budget, tables) for budget in (small, small + more))
         assert all(a <= b for a, b in zip(as_sets(few), as_sets(many)))
-    s = torch.rand(L, T, generator=torch.Generator().manual_seed(seed)).mul(9).round()  # many ties
+    s = torch.rand(L, 2, T, generator=torch.Generator().manual_seed(seed)).mul(9).round()  # many ties
     few, many = (gate(s, torch.full((L,), tau), budget) for budget in (small, small + more))
-    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(few, many))
+    assert all(a <= b for a, b in zip(as_sets(few), as_sets(many)))
 
 
 @properties
@@ -251,9 +259,9 @@ def test_a_larger_tau_keeps_a_subset(T, budget, low, rise, seed):
     for name in SETTINGS:
         many, few = (select(name, observation, cache, budget, constant_tables(tau=tau)) for tau in (low, low + rise))
         assert all(a <= b for a, b in zip(as_sets(few), as_sets(many)))
-    s = torch.rand(L, T, generator=torch.Generator().manual_seed(seed)).mul(9).round()
+    s = torch.rand(L, 2, T, generator=torch.Generator().manual_seed(seed)).mul(9).round()
     many, few = (gate(s, torch.full((L,), tau), budget) for tau in (low, low + rise))
-    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(few, many))
+    assert all(a <= b for a, b in zip(as_sets(few), as_sets(many)))
 
 
 @properties
@@ -271,7 +279,7 @@ def test_a_budget_for_all_tokens_keeps_all_tokens(T, more, seed):
 def test_candidates_are_never_padded_up_to_the_budget(name):
     """Guards against padding, which keeps the plain top-B whatever the gate says: a no-op."""
     observation, cache = random_prompt(seed=6, T=100)
-    window = min(SETTINGS[name].window, 80 - SINKS)
+    window = min(SETTINGS[name].rules[0][0], 80 - SINKS)
     protected = {*range(SINKS), *range(100 - window, 100)}
     for row in as_sets(select(name, observation, cache, 80, constant_tables(tau=1e9))):
         assert row == protected and len(row) < 80
@@ -281,15 +289,15 @@ def test_candidates_are_never_padded_up_to_the_budget(name):
 def test_only_the_prompts_own_cell_of_T_gate_changes_the_kept_set(name):
     """Guards against a gate that has no effect, and against the cell of another risk, layer or budget."""
     observation, cache = random_prompt(seed=7, T=150)
-    window = SETTINGS[name].window
+    window = SETTINGS[name].rules[0][0]
     plain = select(name, observation, cache, 100, constant_tables())
     tables = constant_tables()
-    entropy, perplexity = risk(observation, window)
+    entropy, perplexity = risk(observation, MAX_WINDOW)
     e = sum(entropy >= edge for edge in tables.compiled[name].entropy_edges)
     p = sum(perplexity >= edge for edge in tables.compiled[name].ppl_edges)
     tables.compiled[name].T_gate[0, 1, e, p] = 1e9  # budget 64 is nearer to 100 than 256
     kept = select(name, observation, cache, 100, tables)
-    assert [positions.shape[1] for positions in kept] == [100, SINKS + window, 100]
+    assert [(positions >= 0).sum() for positions in kept] == [100 * G, (SINKS + window) * G, 100 * G]
     assert same(kept[::2], plain[::2])
     others = constant_tables(tau=1e9)
     others.compiled[name].T_gate[0, :, e, p] = 0
@@ -308,10 +316,36 @@ def test_neutral_tables_equal_no_tables(T, budget, seed):
 
 def test_a_score_equal_to_tau_is_a_candidate_and_ties_go_to_the_earlier_token():
     """Guards against > in place of >= in Eq. 8, and against a choice among ties that changes from run to run."""
-    s = torch.tensor([[1.0, 2.0, 2.0, 0.5, 2.0]])
-    assert gate(s, torch.tensor([1.0]), 9)[0].tolist() == [0, 1, 2, 4]
-    assert gate(s, torch.tensor([1.0]), 2)[0].tolist() == [1, 2]
-    assert gate(s, torch.tensor([2.0]), 9)[0].tolist() == [1, 2, 4]
+    s = torch.tensor([[[1.0, 2.0, 2.0, 0.5, 2.0]]])
+    assert gate(s, torch.tensor([1.0]), 9)[0].tolist() == [[0, 1, 2, 4]]
+    assert gate(s, torch.tensor([1.0]), 2)[0].tolist() == [[1, 2]]
+    assert gate(s, torch.tensor([2.0]), 9)[0].tolist() == [[1, 2, 4]]
+
+
+def test_kv_heads_compete_for_the_entries_of_their_layer():
+    """Guards against heads that split the budget evenly, a layer that exceeds its bytes, and padding in the wrong place."""
+    s = torch.tensor([[[9.0, 1.0, 8.0, 7.0], [6.0, 2.0, 3.0, 0.0]], [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]])
+    first, second = gate(s, torch.zeros(2), budget=2)  # 2 tokens a KV head: 4 entries a layer
+    assert first.tolist() == [[0, 2, 3], [0, -1, -1]]
+    assert second.tolist() == [[-1] * 4, [0, 1, 2, 3]]
+    assert positions_of(torch.tensor([[False, True, True], [True, False, False]])).tolist() == [[1, 2], [0, -1]]
+
+
+def test_ragged_sets_are_stored_without_the_padding_that_they_count():
+    """Guards against bytes that grow with padding, and against padded slots that a query could see."""
+    observation, cache = random_prompt(seed=13, T=150)
+    kept = select("compilerkv", observation, cache, 60)
+    small = evict(cache, kept)
+    assert len({int((row >= 0).sum()) for positions in kept for row in positions}) > 1  # ragged indeed
+    assert small.nbytes == L * G * 60 * D * 2 * 4
+    for l, positions in enumerate(kept):
+        keys, values, slots = small.layer(l)
+        assert torch.equal(slots[0], positions)
+        for g in range(G):
+            at = positions[g][positions[g] >= 0]
+            n = len(at)
+            assert torch.equal(keys[0, g, :n], cache.layer(l)[0][0, g, at])
+            assert torch.equal(values[0, g, :n], cache.layer(l)[1][0, g, at])
 
 
 @properties
@@ -336,12 +370,15 @@ def test_kept_sets_are_well_formed(policy, T, budget, seed, ties):
     assert len(kept) == L
     for positions in kept:
         assert positions.shape[0] == G and positions.shape[1] > 0 and positions.dtype == torch.int64
-        assert 0 <= positions.min() and positions.max() < T and (positions.diff(dim=1) > 0).all()
-    sizes = [positions.shape[1] for positions in kept]
+        for row in positions:
+            n = (row >= 0).sum()
+            assert n and row.max() < T and (row[:n].diff() > 0).all() and (row[n:] == -1).all()
+        assert (positions >= 0).any(0).all()  # no more padding than the longest row needs
+    sizes = [int((positions >= 0).sum()) / G for positions in kept]
     if policy == "full":
         assert sizes == [T] * L
     elif policy == "pyramidkv":
-        wanted = pyramid_budgets(budget, L, OURS.window)
+        wanted = pyramid_budgets(budget, L, WINDOW)
         assert sizes == [min(n, T) for n in wanted] and sum(sizes) <= L * budget
         assert sum(sizes) == L * budget or T < max(wanted)
     else:
@@ -349,8 +386,10 @@ def test_kept_sets_are_well_formed(policy, T, budget, seed, ties):
     for row in as_sets(kept):
         if policy in ("random", "streaming", "compilerkv", "compilerkv-paper", "full"):
             assert set(range(min(SINKS, T))) <= row
-        if policy in ("random", "streaming", "snapkv", "pyramidkv", "compilerkv", "compilerkv-paper", "full"):
-            assert set(range(max(T - OURS.window, 0), T)) <= row
+        if policy in ("random", "streaming", "snapkv", "pyramidkv", "compilerkv-paper", "full"):
+            assert set(range(max(T - WINDOW, 0), T)) <= row
+        if policy == "compilerkv":
+            assert set(range(max(T - OURS.rules[0][0], 0), T)) <= row
         if policy == "h2o":
             assert set(range(max(T - budget // 2, 0), T)) <= row
 
@@ -375,7 +414,7 @@ def test_rivals_keep_what_their_papers_say():
         assert row == {*range(SINKS), *range(T - budget + SINKS, T)}
     for policy, score, recent in (
             ("h2o", by_kv_head(observation.total, G), budget // 2),
-            ("snapkv", by_kv_head(attention_level(observation, OURS.window, "head", kernel=7), G), OURS.window),
+            ("snapkv", by_kv_head(pool(attention_level(observation, WINDOW, "head"), 7), G), WINDOW),
             ("hindsight", by_kv_head(observation.answer, G) * value_norm(cache), 0)):
         score[..., T - recent:] = torch.inf
         kept = torch.stack(select(policy, observation, cache, budget))  # (L, G, budget)
@@ -384,10 +423,10 @@ def test_rivals_keep_what_their_papers_say():
 
 
 def test_kv_heads_choose_for_themselves_where_the_rival_says_so():
-    """Guards against rivals that share one set a layer, and against a CompilerKV whose cache would not shrink."""
+    """Guards against rivals that share one set a layer, and against a literal reading of the paper that does not."""
     observation, cache = random_prompt(seed=10, T=150)
     for policy in POLICIES:
-        shared = all(torch.equal(positions[0], positions[1]) for positions in select(policy, observation, cache, 50))
+        shared = all(torch.equal(*positions) for positions in select(policy, observation, cache, 50))
         assert shared == (policy not in HEADWISE)
 
 
@@ -404,16 +443,16 @@ def test_policies_refuse_an_observation_without_what_they_need():
 @given(n_layer=st.integers(2, 40), budget=st.integers(MIN_BUDGET, 2000))
 def test_pyramid_budgets_fall_and_keep_the_total(n_layer, budget):
     """Guards against a pyramid that is upside down, flat, or larger than the rivals' caches."""
-    sizes = pyramid_budgets(budget, n_layer, OURS.window)
+    sizes = pyramid_budgets(budget, n_layer, WINDOW)
     assert len(sizes) == n_layer and sum(sizes) == n_layer * budget
-    assert min(sizes) >= OURS.window and sizes[0] > sizes[-1]
-    slope = 1.9 * (budget - OURS.window) / (n_layer - 1)  # tokens by which a layer's share is less than the one before
+    assert min(sizes) >= WINDOW and sizes[0] > sizes[-1]
+    slope = 1.9 * (budget - WINDOW) / (n_layer - 1)  # tokens by which a layer's share is less than the one before
     assert max(np.diff(sizes)) <= (0 if slope >= 2 else 1)  # on a gentler slope, rounding may lift a layer by one
 
 
 def test_a_pyramid_of_one_layer_has_the_budget():
     """Guards against a single layer that is given nearly twice its budget."""
-    assert pyramid_budgets(100, 1, OURS.window) == [100]
+    assert pyramid_budgets(100, 1, WINDOW) == [100]
 
 
 @pytest.mark.parametrize("policy, budget, word", [
@@ -447,10 +486,11 @@ def test_look_up_takes_the_nearest_budget_in_ratio():
     tables = constant_tables()
     tables.compiled["compilerkv"].W_head[1] = 2
     tables.compiled["compilerkv"].T_gate[1] = 3
+    tables.compiled["compilerkv"].rules[1] = OURS.rules[5]
     for budget, near in ((36, 0), (64, 0), (100, 0), (127, 0), (129, 1), (144, 1), (256, 1), (9999, 1)):
-        W, tau = tables.look_up("compilerkv", budget, 1.0, 1.0)
+        rule, W, tau = tables.look_up("compilerkv", budget, 1.0, 1.0)
         assert W.shape == (L, H) and tau.shape == (L,) and W.dtype == tau.dtype == torch.float32
-        assert (W == 1 + near).all() and (tau == 3 * near).all()
+        assert (W == 1 + near).all() and (tau == 3 * near).all() and rule == OURS.rules[5 * near]
 
 
 def test_look_up_takes_the_row_and_column_of_the_risk():
@@ -458,9 +498,9 @@ def test_look_up_takes_the_row_and_column_of_the_risk():
     tables = constant_tables()
     c = tables.compiled["compilerkv"]
     c.T_gate[:] = np.arange(N_ENTROPY_BINS)[:, None] + 100 * np.arange(N_PPL_BINS)
-    assert (tables.look_up("compilerkv", 64, 0.0, 99.0)[1] == 300).all()
-    assert (tables.look_up("compilerkv", 64, 9.0, 1.0)[1] == N_ENTROPY_BINS - 1).all()
-    assert (tables.look_up("compilerkv", 64, c.entropy_edges[4], 3.0)[1] == 105).all()  # an edge opens the next bin
+    assert (tables.look_up("compilerkv", 64, 0.0, 99.0)[2] == 300).all()
+    assert (tables.look_up("compilerkv", 64, 9.0, 1.0)[2] == N_ENTROPY_BINS - 1).all()
+    assert (tables.look_up("compilerkv", 64, c.entropy_edges[4], 3.0)[2] == 105).all()  # an edge opens the next bin
 
 
 def test_tables_of_another_model_are_refused_in_one_line(tmp_path):
@@ -530,7 +570,7 @@ def with_nan(array):
 
 
 @pytest.mark.parametrize("key, damage", [
-    ("W_head", lambda a: a[:, :2]), ("W_head", lambda a: a[:1]), ("T_gate", lambda a: a.swapaxes(2, 3)),
+    ("rules", lambda a: a[:, :1]), ("rules", lambda a: a + 1), ("rules", with_nan), ("W_head", lambda a: a[:, :2]), ("W_head", lambda a: a[:1]), ("T_gate", lambda a: a.swapaxes(2, 3)),
     ("entropy_edges", lambda a: a[:-1]), ("ppl_edges", lambda a: a[:, None]), ("T_gate", lambda a: a + np.inf),
     ("W_head", with_nan), ("T_gate", with_nan), ("entropy_edges", with_nan), ("ppl_edges", with_nan),
     ("entropy_edges", lambda a: a[::-1]), ("ppl_edges", lambda a: a[::-1]),
@@ -601,6 +641,6 @@ def test_a_failed_save_leaves_the_old_tables_and_nothing_else(tmp_path, monkeypa
 
 def test_the_paper_settings_are_those_of_the_paper():
     """Guards against a grid of actions with a wrong end or step."""
-    assert (PAPER.scope, PAPER.kernel, PAPER.window) == ("model", 1, 64)
+    assert (PAPER.scope, PAPER.queries, PAPER.shared, PAPER.rules) == ("model", "mean", True, ((64, 1),))
     assert np.allclose(PAPER.W_grid, 0.8 + 0.025 * np.arange(29))
     assert np.allclose(PAPER.tau_grid, 0.8 + 0.01 * np.arange(21))
