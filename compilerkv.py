@@ -41,7 +41,7 @@ class Settings:
 PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), strengths=(1.0,))
 # Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 1,024 times as much.
-OURS = Settings("head", "max", False, tuple((w, k) for w in (16, 8, 32) for k in (21, 7, 13, 31)),
+OURS = Settings("head", "max", False, tuple((w, k) for w in (16, 8, 32) for k in (31, 7, 21, 45)),
                 W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()),
                 tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 10 / 19)).tolist()), strengths=(0.0, 0.5, 1.0))
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}

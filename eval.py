@@ -694,6 +694,84 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
     save_figure(figure, path)
 
 
+# ----------------------------------------------------------------------------------------------------------- ablations
+
+SWITCHES = {  # what one row changes in CompilerKV as compiled; None: another policy
+    "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
+    "W = 1, no gate": {"W": False, "gate": "none"},
+    "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"}, "mean of the queries": {"queries": "mean"},
+    "one set a layer": {"shared": True}, "no value norm": {"norm": False}, "sinks not protected": {"sinks": 0},
+    "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8}, "window 32": {"window": 32},
+    "window 64": {"window": 64}, "paper grid": None, "SnapKV": None, "hindsight (oracle)": None}
+OTHERS = {"paper grid": "compilerkv-paper", "SnapKV": "snapkv", "hindsight (oracle)": "hindsight"}
+# (a row, what it is compared with): the first is better where the difference is below 0
+PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "W = 1"), ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"),
+         ("CompilerKV", "constant tau"), ("CompilerKV", "paper grid"))
+
+
+def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=True, sinks=ckv.SINKS, window=None, kernel=None, **settings):
+    """Kept positions of CompilerKV as compiled but for what the arguments change."""
+    rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
+    window, kernel = window or rule[0], kernel or rule[1]
+    if gate != "learned":
+        b = int(np.abs(np.log(tables.budgets / budget)).argmin())
+        check = tables.provenance["evidence"]["compilerkv"]["check"][str(tables.budgets[b])]
+        tau = torch.full_like(tau, check["constant_tau"] if gate == "constant" else 0.0)
+    setting = dataclasses.replace(ckv.OURS, **settings)
+    G = cache.k[0].shape[1]
+    alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
+        ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.attention.shape[:2], -1)
+    s = ckv.head_score(ckv.pool(alpha_rho, kernel), learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G)
+    protected = ckv.protect(s, budget, window)
+    protected[..., sinks:ckv.SINKS] = s[..., sinks:ckv.SINKS]
+    return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]
+
+
+def ablate(model, work, args, tables):
+    """dNLL of every row of SWITCHES at every budget, query-aware: (records, rows, budgets) twice, dNLL and tokens kept a layer."""
+    dnll, kept, entries = [], [], model.config.n_layer * model.config.n_kv_head
+    for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
+        for prompt in prompts:
+            logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW)
+            full = model.nll(cache, logits, prompt.gold).item()
+            observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
+            losses, sizes = [], []
+            for name, change in SWITCHES.items():
+                caches = [ckv.evict(cache, ckv.select(OTHERS[name], observation, cache, budget, tables) if change is None else
+                                    ablated(observation, cache, budget, tables, **change)) for budget in args.budgets]
+                batch = KVCache.stack(caches)
+                losses.append(model.nll(batch, logits, prompt.gold) - full)
+                sizes.append(batch.kept() / entries)
+            dnll.append(torch.stack(losses))  # (rows, budgets)
+            kept.append(torch.stack(sizes))
+    return torch.stack(dnll).numpy(), torch.stack(kept).numpy()
+
+
+def ablation_report(dnll, kept, records, args, model):
+    """Tables of the ablations, as one Markdown text: each row at each budget, then the paired differences."""
+    tasks = [r["dataset"] for r in records]
+    counts = resamples([hashlib.sha256(r["context"].encode()).hexdigest() for r in records], tasks, args.seed)
+    show = lambda v, form: form.format(v.mean(), *interval(v, counts))
+    token = 2 * model.config.head_dim * torch.empty(0, dtype=model.dtype).element_size() * model.config.n_layer * model.config.n_kv_head
+    rows = [[str(budget), name, show(dnll[:, i, b], "{:.3f} [{:.3f}, {:.3f}]"), f"{worst_tenth(dnll[:, i, b]):.2f}",
+             f"{kept[:, i, b].mean():.1f}", f"{kept[:, i, b].mean() * token / 1e6:.2f}"]
+            for b, budget in enumerate(args.budgets) for i, name in enumerate(SWITCHES)]
+    out = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows)
+    at, rows = list(SWITCHES).index, []
+    for b, budget in enumerate(args.budgets):
+        for name, other in PAIRS:
+            a, c = dnll[:, at(name), b], dnll[:, at(other), b]
+            tail = worst_tenth(a) - worst_tenth(c)
+            rows.append([str(budget), f"{name} - {other}", show(a - c, "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{tail:+.2f}",
+                         f"{kept[:, at(name), b].mean() - kept[:, at(other), b].mean():+.1f}"])
+    out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth", "kept a layer"], rows)
+    ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", "hindsight (oracle)"))
+    closed = 100 * (rival - ours) / (rival - best)
+    out.append("Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
+               + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.")
+    return "\n".join(out) + "\n"
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 def machine():
@@ -723,10 +801,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model_options(parser)
     parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
-    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="comma-separated tokens kept a layer")
+    parser.add_argument("--budgets", help="comma-separated tokens kept a layer")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
     parser.add_argument("--full", action="store_true", help="all records (an hour on the mini-LongBench)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
+    parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
     parser.add_argument("--limit", type=int, help=f"records a task (default: {SAMPLE})")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
@@ -735,8 +814,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
+    default = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS))
     try:
-        args.budgets = sorted({int(b) for b in args.budgets.split(",")})
+        args.budgets = sorted({int(b) for b in (args.budgets or default).split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.limit is not None and args.limit < 1:
@@ -776,6 +856,16 @@ def main(argv=None):
                 "protocols": args.protocols, "budgets": args.budgets, "window": ckv.WINDOW, "sinks": ckv.SINKS,
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
+    if args.ablate:
+        start = time.perf_counter()
+        dnll, kept = ablate(model, work, args, tables)
+        head = (f"{len(dnll)} records on {len(work)} contexts of {settings['data']}, query-aware, {model.name}, {settings['dtype']}, "
+                f"seed {args.seed}, {settings['machine']['cpu']}, {settings['machine']['threads']} threads, "
+                f"{time.perf_counter() - start:.0f} s.\n\n")
+        report = head + ablation_report(dnll, kept, records, args, model)
+        ckv.write_atomically(args.out / f"ablation-{settings['data']}.md", report)
+        print(report)
+        return 0
     finished, interrupted, journal = run(model, work, args, tables, settings)
     number = {r["_id"]: (r["dataset"], r["context"]) for r in records}
     order = {context: i for i, context in enumerate(dict.fromkeys(number.values()))}

@@ -39,7 +39,8 @@ CONTINUATION = 64       # tokens of continuation scored at most (the paper: 128)
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
 PRIOR = 3               # pseudo-experiences by which a rare gate state leans on its layer's mean
 SEEN_NEVER = 0.8        # tau of a gate state that was never visited (the paper's: keep more)
-MAX_ROUNDS = 2
+MAX_ROUNDS = 3
+LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `check` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
 LEARNING_RATE = 3e-4   # of AdamW, as in the paper
 
@@ -317,16 +318,19 @@ def check(model, samples, name, rules, W, T, edges, budgets):
     """Held-out roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did."""
     taus, rows, n_sets = look_up_taus(samples, T, edges), {}, sets_of(name, model.config)
     for b, budget in enumerate(budgets):
-        losses, sizes = [], []
+        losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
         for i, sample in enumerate(samples):
             tau, rule = taus[b][i], rules[b]
             losses.append(roll_out(model, sample, name, [(rule, np.ones_like(W[b]), 0 * tau, budget), (rule, W[b], 0 * tau, budget),
                                                          (rule, W[b], tau, budget)]) - sample.loss_full)
             kept = ckv.kept_tokens(sample.pooled(name, rule), torch.from_numpy(W[b]).float(), tau, budget, rule[0], n_sets)
             sizes += [int((k >= 0).sum()) / n_sets for k in kept]
+            scores = ckv.protect(ckv.head_score(sample.pooled(name, rule), torch.from_numpy(W[b]).float(), n_sets), budget, rule[0])
+            constant.append([float(((scores >= x).sum((1, 2)) / n_sets).clamp(max=budget).mean()) for x in LEVELS])
         mean = np.mean(losses, 0).round(4).tolist()
         rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
                              "kept_mean": round(float(np.mean(sizes)), 1),
+                             "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - np.mean(sizes)).argmin()]),
                              "gate_set_the_size": round(float(np.mean(np.array(sizes) < budget)), 4)}
     return rows
 

@@ -290,3 +290,16 @@ def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, m
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no space left on device")))
     assert exit_code(evaluate, world, tmp_path / "results") == exit_code(train, world, tmp_path / "t.npz") == 2
     assert content() == before and [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_the_ablations_name_every_row_and_compare_in_pairs(world, tmp_path, capsys):
+    """Guards against a switch that changes nothing, a row that is lost, and parts that are credited with another's effect."""
+    assert not evaluate(world, tmp_path, "--ablate", "--limit=2", "--budgets=64,128")
+    report = (tmp_path / "ablation-data.md").read_text()
+    assert report in capsys.readouterr().out and "gap from SnapKV to hindsight" in report
+    rows = [line.split(" | ") for line in report.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
+    names = [row[1] for row in rows if not " - " in row[1]]
+    assert names == [*evaluation.SWITCHES] * 2 and len(rows) - len(names) == 2 * len(evaluation.PAIRS)
+    at_64 = {row[1]: row[2:] for row in rows if row[0] == "| 64"}
+    same = [name for name, values in at_64.items() if values == at_64["CompilerKV"] and name != "CompilerKV"]
+    assert len(same) <= 4, same  # a switch to what the tables say already changes nothing
