@@ -75,6 +75,16 @@ def pool(x, kernel):
     return F.max_pool1d(x, kernel, stride=1, padding=kernel // 2) if kernel > 1 else x
 
 
+def spread(u, window, kernel):
+    """Pool u over the tokens that compete: sinks and window are kept in any case and lend nothing to their neighbours."""
+    if kernel == 1:
+        return u
+    u = u.clone()
+    u[..., :SINKS] = 0
+    u[..., max(u.shape[-1] - window, 0):] = 0
+    return pool(u, kernel)
+
+
 def value_norm(cache):
     """rho[l,h,t] of Eq. 4: length of each value vector over the mean length in its head, (L, G, T)."""
     v = torch.stack([cache.layer(l)[1][0].float().norm(dim=-1) for l in range(len(cache.v))])  # (L, G, T, D) -> (L, G, T)
@@ -158,7 +168,7 @@ def gate(s, tau, budget):
 
 
 def kept_tokens(u, W, tau, budget, window, n_sets):
-    """Stages 2 and 3 for every layer: pooled utility (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l)."""
+    """Stages 2 and 3 for every layer: utility after `spread` (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l)."""
     return gate(protect(head_score(u, W, n_sets), budget, window), tau, budget)
 
 
@@ -170,7 +180,7 @@ def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     (window, kernel), W, tau = settings.rules[0], torch.ones(L, H), torch.zeros(L)
     if tables is not None:
         (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)
-    u = pool(utility(observation, cache, settings, window), kernel)  # (L, H, T)
+    u = spread(utility(observation, cache, settings, window), window, kernel)  # (L, H, T)
     kept = kept_tokens(u, W.to(u.device), tau.to(u.device), budget, window, 1 if settings.shared else G)
     return [positions.expand(G, -1) for positions in kept]  # (1, S_l) or (G, S_l) -> (G, S_l)
 

@@ -721,7 +721,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
         ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.attention.shape[:2], -1)
-    s = ckv.head_score(ckv.pool(alpha_rho, kernel), learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G)
+    s = ckv.head_score(ckv.spread(alpha_rho, window, kernel), learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G)
     protected = ckv.protect(s, budget, window)
     protected[..., sinks:ckv.SINKS] = s[..., sinks:ckv.SINKS]
     return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]

@@ -59,7 +59,7 @@ class Sample:
     def pooled(self, name, rule):
         """Utility (L, H, T) as a rule (window, kernel) reads it, float32."""
         window, kernel = rule
-        return ckv.pool(self.u[name, window].float(), kernel)
+        return ckv.spread(self.u[name, window].float(), window, kernel)
 
 
 def read_prompts(path, limit):

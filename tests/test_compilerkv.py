@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from compilerkv import (MAX_WINDOW, MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, OURS, PAPER, POLICIES, SETTINGS, SINKS, WINDOW,
                         Compiled, Settings, Tables, attention_level, by_kv_head, evict, gate, head_score, pool,
-                        positions_of, protect, pyramid_budgets, risk, risk_bin, select, utility, value_norm,
+                        positions_of, protect, pyramid_budgets, risk, risk_bin, select, spread, utility, value_norm,
                         write_atomically)
 from helpers import assert_one_line
 from model import KVCache, Observation, UserError
@@ -121,6 +121,16 @@ def test_pooling_takes_the_maximum_of_the_neighbours():
     assert torch.equal(pool(plain, 1), plain)
     for t in range(50):
         assert torch.equal(pooled[..., t], plain[..., max(t - 3, 0):t + 4].amax(-1))
+
+
+def test_protected_tokens_lend_nothing_to_their_neighbours():
+    """Guards against a dozen places behind the first token that its own sink would win for them."""
+    u = torch.rand(L, H, 60, generator=torch.Generator().manual_seed(5))
+    u[..., 0] = u[..., -1] = 100
+    spread_u = spread(u, 16, 7)
+    assert spread_u[..., SINKS:-16].max() < 1 and torch.equal(spread(u, 16, 1), u) and (u[..., 0] == 100).all()
+    for t in range(10, 40):
+        assert torch.equal(spread_u[..., t], u[..., t - 3:t + 4].amax(-1))
 
 
 @properties
