@@ -11,7 +11,7 @@
    paper's penalty for candidates beyond the budget; conservative Q-learning turns the log into a table.
    Heads and gate share their reward, so they are learned in turns until the greedy tables stop changing.
 5. Let the loss decide. The share is a proxy, so prompts that took no part in steps 2-4 are rolled out for real, and a bandit
-   chooses, for each budget, how much of log W_head to apply.
+   chooses, for each budget, how much of log W_head to apply, or to stay with the table of the round before.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -289,21 +289,22 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
             say(f"{name}: rank agreement of W_head from two halves {evidence['rank_agreement_of_halves']}")
         taus = look_up_taus(decide_on, T, quantiles)
         with tqdm(desc=f"{name}, round {round_ + 1}", unit="roll-out", leave=False) as progress:
-            chosen, rewards = choose(model, decide_on, name, budgets, settings.strengths,
-                                     lambda b, x, i: (rules[b], raw[b] ** x, taus[b][i], budgets[b]), progress)
-        strength = np.array(settings.strengths)[chosen]
-        new_W = raw ** strength[:, None, None]
+            tables = [W, *(raw ** x for x in settings.strengths)]  # what there was, and the new table by strength
+            chosen, rewards = choose(model, decide_on, name, budgets, tables,
+                                     lambda b, table, i: (rules[b], table[b], taus[b][i], budgets[b]), progress)
+        new_W = np.stack([tables[i][b] for b, i in enumerate(chosen)])
         evidence["roll_outs"] += len(decide_on) * rewards.size
         new_T, seen, n = learn_gate(learn_on, name, rules, new_W, quantiles, budgets, generator)
         evidence["gate_experiences"] += n
         changed = {"W_head": float((new_W != W).mean()), "T_gate": float((new_T != T).mean())}
         W, T = new_W, new_T
         evidence["rounds"].append({"entries_changed": changed, "seconds": round(time.time() - start, 1),
-                                   "held_out_dnll_by_strength": named(settings.strengths, rewards)})
+                                   "held_out_dnll_by_strength": named(("old", *settings.strengths), rewards)})
         say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of "
             f"T_gate changed, {time.time() - start:.0f} s")
         for b, r in zip(budgets, rewards):
-            say(f"  budget {b}: held-out dNLL " + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(settings.strengths, r)))
+            say(f"  budget {b}: held-out dNLL old W {-r[0]:.3f}, "
+                + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(settings.strengths, r[1:])))
         if not any(changed.values()):
             break
     evidence["gate_states_seen"] = float(seen.mean())
