@@ -7,11 +7,12 @@
 3. Heads. An experience is (state, action, reward): in state (budget, layer, head), W_head takes one of the grid's values
    while all other heads keep theirs, and the reward is the share of the layer's mass that the kept set keeps. The table takes
    the action whose gain over W = 1 is largest by a cautious count: mean less one standard error over prompts.
-4. Gate. In state (budget, layer, entropy bin, perplexity bin), T_gate takes a threshold, with the same reward less the
+4. Let the loss decide. The share is a proxy, so prompts that took no part in the learning are rolled out for real, and a bandit
+   chooses, for each budget, how much of log W_head to apply, or to stay with the table of the round before; step 3 is repeated until that
+   does not help any more.
+5. Gate. In state (budget, layer, entropy bin, perplexity bin), T_gate takes a threshold, with the same reward less the
    paper's penalty for candidates beyond the budget; conservative Q-learning turns the log into a table.
-   Heads and gate share their reward, so they are learned in turns until the greedy tables stop changing.
-5. Let the loss decide. The share is a proxy, so prompts that took no part in steps 2-4 are rolled out for real, and a bandit
-   chooses, for each budget, how much of log W_head to apply, or to stay with the table of the round before.
+   It is learned given the heads; they are learned at the full budget, so that no head is paid for tokens that it adds.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -140,8 +141,11 @@ def competing_mass(sample, n_sets, budget, window):
     return mass[..., ckv.SINKS:mass.shape[-1] - window].flatten(1)
 
 
-def head_rewards(sample, name, rule, budget, W, tau):
-    """Reward of every grid value for every head, others as in W (L, H), less that of W = 1: (A, L, H)."""
+def head_rewards(sample, name, rule, budget, W):
+    """Reward of every grid value for every head, others as in W (L, H), less that of W = 1: (A, L, H).
+
+    Heads are compared at the full budget: under a threshold, a head of larger W would be paid for the tokens that it adds.
+    """
     settings, (L, H) = ckv.SETTINGS[name], W.shape
     n_sets = 1 if settings.shared else sample.mass.shape[1]
     grid = torch.tensor(settings.W_grid, dtype=torch.float32)
@@ -156,13 +160,12 @@ def head_rewards(sample, name, rule, budget, W, tau):
         s = others.view(L, n_sets, H // n_sets, -1).amax(2).expand(len(grid), -1, -1, -1).clone()  # (A, L, n_sets, T)
         s[:, :, g] = torch.maximum(s[:, :, g], grid[:, None, None] * u[:, h])
         competing, lowest = threshold(s, budget, window)
-        kept = competing >= torch.maximum(lowest, tau[:, None])
-        share = (mass * kept).sum(-1)  # (A, L)
+        share = (mass * (competing >= lowest)).sum(-1)  # (A, L)
         rewards.append(share - share[neutral])
     return torch.stack(rewards, -1)
 
 
-def learn_heads(samples, name, rules, W, taus, budgets):
+def learn_heads(samples, name, rules, W, budgets):
     """One sweep over all heads at once, every action tried on every prompt. Returns the new W and the number of experiences."""
     settings, W, count = ckv.SETTINGS[name], W.copy(), 0
     grid = np.array(settings.W_grid)
@@ -170,8 +173,8 @@ def learn_heads(samples, name, rules, W, taus, budgets):
     for b, budget in enumerate(budgets):
         old = torch.from_numpy(W[b]).float()
         bandit = EpsilonGreedy(old.numel(), len(grid), default=neutral)
-        for sample, tau in zip(samples, taus[b]):
-            rewards = head_rewards(sample, name, rules[b], budget, old, tau).flatten(1).T.numpy()  # (A, L, H) -> (L H, A)
+        for sample in samples:
+            rewards = head_rewards(sample, name, rules[b], budget, old).flatten(1).T.numpy()  # (A, L, H) -> (L H, A)
             states, actions = np.indices(rewards.shape)
             bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
             count += rewards.size
@@ -269,7 +272,7 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
     quantiles = [np.quantile([s.risk[i] for s in learn_on], np.arange(1, n) / n)
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
     W, T = np.ones((len(budgets), L, H)), np.zeros((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))
-    evidence = {"rounds": [], "roll_outs": 0, "head_experiences": 0, "gate_experiences": 0}
+    evidence = {"rounds": [], "roll_outs": 0, "head_experiences": 0}
     named = lambda actions, rewards: {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
     with tqdm(desc=f"{name}, rules", unit="roll-out", leave=False) as progress:
         chosen, rewards = choose(model, learn_on, name, budgets, settings.rules,
@@ -280,33 +283,30 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
         say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
     for round_ in range(rounds):
         start = time.time()
-        raw, n = learn_heads(learn_on, name, rules, W, look_up_taus(learn_on, T, quantiles), budgets)
+        raw, n = learn_heads(learn_on, name, rules, W, budgets)
         evidence["head_experiences"] += n
         if round_ == 0:  # the same sweep on the other half: would other prompts have made the same table?
-            other, _ = learn_heads(decide_on, name, rules, W, look_up_taus(decide_on, T, quantiles), budgets)
+            other, _ = learn_heads(decide_on, name, rules, W, budgets)
             evidence["rank_agreement_of_halves"] = {str(b): evaluation.rank_correlation(x.ravel(), y.ravel())
                                                     for b, x, y in zip(budgets, raw, other)}
             say(f"{name}: rank agreement of W_head from two halves {evidence['rank_agreement_of_halves']}")
-        taus = look_up_taus(decide_on, T, quantiles)
+        tables = [W, *(raw ** x for x in settings.strengths)]  # what there was, and the new table by strength
         with tqdm(desc=f"{name}, round {round_ + 1}", unit="roll-out", leave=False) as progress:
-            tables = [W, *(raw ** x for x in settings.strengths)]  # what there was, and the new table by strength
             chosen, rewards = choose(model, decide_on, name, budgets, tables,
-                                     lambda b, table, i: (rules[b], table[b], taus[b][i], budgets[b]), progress)
+                                     lambda b, table, i: (rules[b], table[b], T[b, :, 0, 0], budgets[b]), progress)
         new_W = np.stack([tables[i][b] for b, i in enumerate(chosen)])
         evidence["roll_outs"] += len(decide_on) * rewards.size
-        new_T, seen, n = learn_gate(learn_on, name, rules, new_W, quantiles, budgets, generator)
-        evidence["gate_experiences"] += n
-        changed = {"W_head": float((new_W != W).mean()), "T_gate": float((new_T != T).mean())}
-        W, T = new_W, new_T
+        changed = float((new_W != W).mean())
+        W = new_W
         evidence["rounds"].append({"entries_changed": changed, "seconds": round(time.time() - start, 1),
                                    "held_out_dnll_by_strength": named(("old", *settings.strengths), rewards)})
-        say(f"{name}, round {round_ + 1}: {100 * changed['W_head']:.0f}% of W_head and {100 * changed['T_gate']:.0f}% of "
-            f"T_gate changed, {time.time() - start:.0f} s")
+        say(f"{name}, round {round_ + 1}: {100 * changed:.0f}% of W_head changed, {time.time() - start:.0f} s")
         for b, r in zip(budgets, rewards):
             say(f"  budget {b}: held-out dNLL old W {-r[0]:.3f}, "
                 + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(settings.strengths, r[1:])))
-        if not any(changed.values()):
+        if not changed:
             break
+    T, seen, evidence["gate_experiences"] = learn_gate(learn_on, name, rules, W, quantiles, budgets, generator)
     evidence["gate_states_seen"] = float(seen.mean())
     visits = np.zeros((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS), dtype=int)  # prompts a gate state, the same in every layer
     np.add.at(visits, tuple(zip(*risk_bins(learn_on, quantiles))), 1)
