@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import compilerkv as ckv
 import eval as evaluation
-from bandit import ConservativeQ, EpsilonGreedy
+from bandit import ConservativeQ, EpsilonGreedy, LinUCB
 from model import KVCache, UserError, load
 
 HERE = Path(__file__).parent
@@ -165,21 +165,68 @@ def head_rewards(sample, name, rule, budget, W):
     return torch.stack(rewards, -1)
 
 
+def head_log(samples, name, rule, budget, W):
+    """The complete log of one budget: reward of every prompt, head (layer by layer) and action, (P, L H, A)."""
+    return np.stack([head_rewards(s, name, rule, budget, torch.from_numpy(W).float()).flatten(1).T.numpy() for s in samples])
+
+
 def learn_heads(samples, name, rules, W, budgets):
     """One sweep over all heads at once, every action tried on every prompt. Returns the new W and the number of experiences."""
     settings, W, count = ckv.SETTINGS[name], W.copy(), 0
     grid = np.array(settings.W_grid)
     neutral = int(np.abs(np.log(grid)).argmin())
     for b, budget in enumerate(budgets):
-        old = torch.from_numpy(W[b]).float()
-        bandit = EpsilonGreedy(old.numel(), len(grid), default=neutral)
-        for sample in samples:
-            rewards = head_rewards(sample, name, rules[b], budget, old).flatten(1).T.numpy()  # (A, L, H) -> (L H, A)
-            states, actions = np.indices(rewards.shape)
-            bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
-            count += rewards.size
+        rewards = head_log(samples, name, rules[b], budget, W[b])
+        _, states, actions = np.indices(rewards.shape)
+        bandit = EpsilonGreedy(W[b].size, len(grid), default=neutral)
+        bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
         W[b] = grid[bandit.cautious(neutral)].reshape(W[b].shape)
+        count += rewards.size
     return W, count
+
+
+def compare_learners(log, held_out, seed):
+    """Every bandit on the same stream: each prompt asks once for an action of each state and pays its reward. Conservative Q
+    is made for logs of others: it sees the rewards of random actions, and its regret is that of its greedy table so far.
+
+    log (P, S, A): what each action would pay; held_out: the same of other prompts. Returns {name: (cumulative regret (P,)
+    against each state's best fixed action in hindsight, mean held-out reward of the final greedy table)}.
+    """
+    P, S, A = log.shape
+    scale = float(log.std()) or 1.0  # one learning rate, one width of confidence
+    best, every, out = log.mean(0).max(-1), np.arange(S), {}  # best: (S,)
+    learners = {"random": EpsilonGreedy(S, A, epsilon=1.0), "epsilon-greedy": EpsilonGreedy(S, A),
+                "LinUCB": LinUCB(np.eye(S), A), "conservative Q": ConservativeQ(S, A, lr=LEARNING_RATE)}
+    for name, learner in learners.items():
+        rng, generator, regret = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
+        for rewards in log:  # (S, A)
+            offline = isinstance(learner, ConservativeQ)  # learns from what another, the random one, logs
+            actions = learner.greedy() if offline else learner.choose(every, rng)
+            logged = rng.integers(A, size=S) if offline else actions
+            learner.update(every, logged, (rewards[every, logged] / scale).astype(np.float32))
+            if offline:
+                learner.fit(generator)
+            regret.append((best - rewards[every, actions]).sum())
+        out[name] = np.cumsum(regret), float(held_out.mean(0)[every, learner.greedy()].mean())
+    complete = EpsilonGreedy(S, A)
+    _, states, actions = np.indices(log.shape)
+    complete.update(states.ravel(), actions.ravel(), log.ravel())
+    neutral = int(np.abs(log).sum((0, 1)).argmin())
+    out["complete log, cautious"] = None, float(held_out.mean(0)[every, complete.cautious(neutral)].mean())
+    return out
+
+
+def draw_learners(curves, budget, path):
+    """Cumulative regret of every learner over the calibration prompts."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, (regret, held_out) in curves.items():
+        if regret is not None:
+            axis.plot(np.arange(1, len(regret) + 1), regret, label=f"{name} (held-out reward {held_out:+.4f})")
+    axis.set(xlabel="calibration prompts", ylabel="cumulative regret, shares of a layer's mass, all heads",
+             title=f"Learners of W_head on one stream, budget {budget}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    evaluation.save_figure(figure, path)
 
 
 def risk_bins(samples, edges):
@@ -306,6 +353,15 @@ def compile_tables(model, samples, name, budgets, rounds, seed, say):
                 + ", ".join(f"W^{x:g} {-v:.3f}" for x, v in zip(settings.strengths, r[1:])))
         if not changed:
             break
+    if name == "compilerkv":
+        b = len(budgets) // 2
+        logs = [head_log(half, name, rules[b], budgets[b], np.ones((L, H))) for half in (learn_on, decide_on)]
+        evidence["learners"] = {"budget": budgets[b], **{
+            who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": held_out}
+            for who, (regret, held_out) in compare_learners(*logs, seed).items()}}
+        for who, result in list(evidence["learners"].items())[1:]:
+            say(f"learner {who}, budget {budgets[b]}: cumulative regret "
+                f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")
     T, seen, evidence["gate_experiences"] = learn_gate(learn_on, name, rules, W, quantiles, budgets, generator)
     evidence["gate_states_seen"] = float(seen.mean())
     visits = np.zeros((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS), dtype=int)  # prompts a gate state, the same in every layer
@@ -416,6 +472,9 @@ def main(argv=None):
     stem = out.with_suffix("")
     ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
     heat_maps(compiled, budgets, stem)
+    curves = dict(evidence["compilerkv"]["learners"])
+    budget = curves.pop("budget")
+    draw_learners({who: (c["regret"], c["held_out_reward"]) for who, c in curves.items()}, budget, stem.with_name(f"{stem.name}-learners.png"))
     total = lambda key: sum(e[key] for e in evidence.values())
     print(f"{out.name}: {len(used)} prompts, {total('roll_outs')} roll-outs, {total('head_experiences')} experiences of heads "
           f"and {total('gate_experiences')} of the gate, {time.time() - start:.0f} s")

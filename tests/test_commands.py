@@ -163,7 +163,7 @@ def test_training_leaves_tables_their_provenance_and_pictures(world):
     provenance = json.loads((world / "t.json").read_text())
     assert provenance == loaded.provenance and list(provenance["prompts"]) == [f"c{i}" for i in range(9)]
     assert [provenance[key] for key in ("model", "dtype", "seed")] == ["tiny", "float32", 0]
-    assert len(list(world.glob("t-*.png"))) == 4  # two tables of two readings of the method
+    assert len(list(world.glob("t-*.png"))) == 5  # two tables of two readings of the method, and the learners
 
 
 def results(report):

@@ -69,3 +69,19 @@ def test_both_halves_hold_every_kind():
     first, second = train_tables.halves(list(range(24)))
     assert {i % train_tables.KINDS for i in first} == {i % train_tables.KINDS for i in second} == set(range(6))
     assert not set(first) & set(second) and len(first) == len(second) == 12
+
+
+def test_learners_find_what_pays_and_random_does_not():
+    """Guards against a regret that counts another table, a learner that never learns, and a stream that peeks."""
+    rng = np.random.default_rng(0)
+    truth = np.zeros((6, 4))
+    truth[np.arange(6), [1, 2, 3, 1, 2, 3]] = 1.0
+    log, held_out = (np.where(truth[None] > 0, 1.0, 0.0) + 0.05 * rng.standard_normal((80, 6, 4)) for _ in range(2))
+    log[..., 0] = held_out[..., 0] = 0  # the neutral action
+    curves = train_tables.compare_learners(log, held_out, seed=1)
+    for name, (regret, reward) in curves.items():
+        if name == "complete log, cautious":
+            assert regret is None and reward > 0.95
+        elif name != "random":
+            assert reward > 0.9 and regret[-1] < 0.8 * curves["random"][0][-1], name
+    assert (np.diff(curves["random"][0]) > 0).mean() > 0.9  # it never stops to pay
