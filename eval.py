@@ -816,7 +816,7 @@ def parse(argv):
     args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
     default = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS))
     try:
-        args.budgets = sorted({int(b) for b in (args.budgets or default).split(",")})
+        args.budgets = sorted({int(b) for b in (default if args.budgets is None else args.budgets).split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.limit is not None and args.limit < 1:
