@@ -35,15 +35,13 @@ class Settings:
     rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
-    strengths: tuple  # exponents of a learned W_head among which real roll-outs decide; (1.0,) = take it as it is
 
 
 PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
-                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), strengths=(1.0,))
-# Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 1,024 times as much.
-OURS = Settings("head", "max", False, tuple((w, k) for w in (16, 8, 32) for k in (31, 7, 21, 45)),
-                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()),
-                tau_grid=(0.0, *(0.8 * 2.0 ** (np.arange(20) * 10 / 19)).tolist()), strengths=(0.0, 0.5, 1.0))
+                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()))
+# Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 819.
+OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (32, 31), (32, 45)),
+                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()))
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
 MAX_WINDOW = max(w for s in SETTINGS.values() for w, _ in s.rules)  # what prefill must observe to serve every policy

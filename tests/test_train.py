@@ -1,13 +1,16 @@
-"""Tests of train_tables.py: the local rewards are those of the sets that the method would really keep."""
+"""Tests of train_tables.py: rewards are those of the sets that the method would really keep, and learning finds what pays."""
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import compilerkv as ckv
 import train_tables
+from model import Config, random_model
 from test_compilerkv import G, H, L, random_prompt
 
+CONFIG = Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_ff=24, vocab_size=60, context_length=256)
 RULES = {"compilerkv": (16, 1), "compilerkv-paper": (64, 1)}  # no pool, so that no scores tie
 
 
@@ -50,18 +53,74 @@ def test_the_reward_of_a_head_is_the_mass_that_its_action_keeps(name):
         assert torch.allclose(rewards[-1, :, h], shares[2] - shares[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_the_reward_of_a_threshold_is_the_mass_kept_less_the_papers_penalty(name):
-    """Guards against a gate that is paid for another set than the one it leaves."""
-    s, budget, T = sample(3), 90, 150
-    n_sets = 1 if ckv.SETTINGS[name].shared else G
-    rewards = train_tables.gate_rewards(s, name, RULES[name], budget, torch.ones(L, H))
-    scores = ckv.protect(ckv.head_score(s.pooled(name, RULES[name]), torch.ones(L, H), n_sets), budget, RULES[name][0])
-    for i, tau in enumerate(ckv.SETTINGS[name].tau_grid):
-        candidates = (scores >= tau).sum((1, 2)) / n_sets  # (L,)
-        penalty = (candidates - budget).clamp(min=0) / T
-        wanted = share_kept(s, name, torch.ones(L, H), torch.full((L,), tau), budget) - penalty
-        assert np.allclose(rewards[:, i], wanted.numpy(), atol=1e-5)
+def tiny_sample(seed, risk=(3.0, 5.0), T=150):
+    """The model that made a calibration prompt, and the prompt, with a cache, logits and a continuation to roll out."""
+    model = random_model(CONFIG, 0)
+    tokens = torch.randint(CONFIG.vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
+    logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
+    u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
+    continuation = [5, 9, 2]
+    return model, train_tables.Sample(u, risk, None, cache, logits, continuation, model.nll(cache, logits, continuation).item())
+
+
+def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
+    """Guards against the loss of one table being booked on another, and against the same work done twice."""
+    model, s = tiny_sample(4)
+    rows, nll = [], type(model).nll
+    monkeypatch.setattr(type(model), "nll", lambda self, cache, *rest: rows.append(len(cache.next_position)) or nll(self, cache, *rest))
+    rule, budget, no_gate = RULES["compilerkv"], 60, np.zeros(CONFIG.n_layer)
+    W = np.exp(np.random.default_rng(0).normal(size=(3, CONFIG.n_layer, CONFIG.n_head)))
+    jobs = [(rule, w, no_gate, budget) for w in (W[0], W[1], W[0], 2 * W[0], W[2])]
+    losses = train_tables.roll_out(model, s, "compilerkv", jobs)
+    assert sum(rows) == 3 and losses[0] == losses[2] == losses[3] and len(set(losses)) == 3
+    for job, loss in zip(jobs, losses):
+        alone = train_tables.roll_out(model, s, "compilerkv", [job])
+        assert np.allclose(alone, loss, atol=1e-5)
+
+
+def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
+    """Guards against a sign, a mirror image or a head that is mixed up with another."""
+    model, s = tiny_sample(5)
+    n_groups = CONFIG.n_head // CONFIG.n_kv_head
+    loss = lambda W: 1.0 - np.log(W[1, 0]) + 0.5 * np.log(W[0, n_groups])  # KV head 0 of layer 1 up, 1 of layer 0 down
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([loss(W) for _, W, _, _ in jobs]))
+    W = train_tables.perturb_heads(model, [s] * 20, "compilerkv", [RULES["compilerkv"]], (60,), np.random.default_rng(0), tqdm(disable=True))[0]
+    log_W = np.log(W)
+    assert W.shape == (CONFIG.n_layer, CONFIG.n_head) and W.max() <= ckv.OURS.W_grid[-1] + 1e-9
+    assert log_W.argmax() == CONFIG.n_head and log_W.argmin() == n_groups  # first query heads of the two
+    assert np.allclose(log_W[1, :n_groups], log_W[1, 0]) and np.abs(log_W[1, n_groups:]).max() < 0.3 * log_W.max()
+
+
+def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
+    """Guards against a threshold that is paid for evicted candidates, a state read in another's place, and a rare one that rules."""
+    grid, edges = np.array(ckv.OURS.tau_grid), [np.linspace(1, 5, ckv.N_ENTROPY_BINS - 1), np.array([2.0, 4.0, 8.0])]
+    model, often = tiny_sample(6, risk=(0.5, 1.0))  # bin (0, 0)
+    rare = tiny_sample(7, risk=(9.0, 9.0))[1]       # bin (19, 3)
+    want = lambda sample: 3 if sample is often else 5
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array(
+        [0.0 if tau[0] == grid[want(sample)] else 10.0 for _, _, tau, _ in jobs]))
+    W = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
+    learn = lambda samples: train_tables.learn_gate(model, samples, "compilerkv", [RULES["compilerkv"]], W, edges, (60,), tqdm(disable=True))
+    T, seen = learn([often] * 40 + [rare])
+    assert seen.sum() == 2 and seen[0, 0] and seen[19, 3] and T.shape == (1, CONFIG.n_layer, 20, 4)
+    assert (T == grid[3]).all()  # one prompt of a state does not displace the mean of all
+    T, _ = learn([often] * 40 + [rare] * 40)
+    assert (T[0, :, 0, 0] == grid[3]).all() and (T[0, :, 19, 3] == grid[5]).all()
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.zeros(len(jobs)))
+    T, _ = learn([often])  # nothing is lost by any: then the first that leaves no candidate beyond the budget
+    s = ckv.protect(ckv.head_score(often.pooled("compilerkv", RULES["compilerkv"]), torch.ones(W.shape[1:]), CONFIG.n_kv_head), 60, 16)
+    fits = [(s >= tau).sum() <= 60 * CONFIG.n_layer * CONFIG.n_kv_head for tau in grid]
+    assert not fits[0] and T[0, 0, 0, 0] == grid[fits.index(True)]
+
+
+def test_a_table_that_is_not_clearly_better_does_not_displace_the_first(monkeypatch):
+    """Guards against tables that are chosen by luck, and against rewards that are not paired by prompt."""
+    noise = np.tile([0.3, -0.4], 20)  # action 1 is better by 0.05 on average, with an error of 0.08
+    losses = iter([np.array([0.0, x, -0.3 + x]) + level for level, x in enumerate(noise)])
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: next(losses)[[job for job in jobs]])
+    s = tiny_sample(8)[1]
+    run = lambda actions, n: train_tables.choose(None, [s] * n, "compilerkv", (60,), actions, lambda b, a: a, tqdm(disable=True), cautious=True)[0]
+    assert run([0, 1], 20) == [0] and run([0, 1, 2], 20) == [2]
 
 
 def test_both_halves_hold_every_kind():
