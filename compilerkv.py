@@ -311,6 +311,7 @@ class Tables:
     budgets: np.ndarray   # (budgets,) tokens a layer that were compiled; others use the nearest in ratio
     fingerprint: str      # of the model's weights
     compiled: dict        # a name of SETTINGS -> Compiled
+    retrieval: np.ndarray  # (L, H) share of the attention, while answering, on what is neither sink nor window
     provenance: dict = field(default_factory=dict)  # how the tables were made, JSON-serialisable
 
     def look_up(self, name, budget, entropy, perplexity):
@@ -324,7 +325,7 @@ class Tables:
         """Write to a temporary file, then rename: a reader sees the old tables or the new ones, never half of them."""
         arrays = {f"{name}/{key}": value for name, c in self.compiled.items() for key, value in vars(c).items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, budgets=self.budgets, fingerprint=self.fingerprint,
+        np.savez_compressed(buffer, budgets=self.budgets, fingerprint=self.fingerprint, retrieval=self.retrieval,
                             provenance=json.dumps(self.provenance), **arrays)
         write_atomically(path, buffer.getvalue())
 
@@ -337,7 +338,8 @@ class Tables:
             names = {key.split("/")[0] for key in data if "/" in key}
             compiled = {name: Compiled(**{key.split("/")[1]: value for key, value in data.items()
                                           if key.startswith(name + "/")}) for name in sorted(names)}
-            tables = cls(data["budgets"], str(data["fingerprint"]), compiled, json.loads(str(data["provenance"])))
+            tables = cls(data["budgets"], str(data["fingerprint"]), compiled, data["retrieval"],
+                         json.loads(str(data["provenance"])))
         except FileNotFoundError:
             raise UserError(f"{path}: no such tables; compile them with `python train_tables.py`") from None
         except Exception as error:  # zipfile and numpy raise a dozen kinds on a damaged file
@@ -353,6 +355,8 @@ class Tables:
         n = self.budgets.size
         if self.budgets.shape != (n,) or n == 0 or not (self.budgets >= MIN_BUDGET).all():
             raise UserError(f"{path}: damaged tables file (budgets {self.budgets})")
+        if self.retrieval.shape != (config.n_layer, config.n_head) or not np.isfinite(self.retrieval).all():
+            raise UserError(f"{path}: damaged tables file (retrieval)")
         shapes = {"rules": (n, 2), "W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
                   "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
         for name in SETTINGS:

@@ -51,6 +51,7 @@ class Sample:
     u: dict              # (name of a setting, window) -> (L, H, T) utility of Eq. 4, un-pooled, float16
     risk: tuple          # (entropy, perplexity)
     mass: torch.Tensor   # (L, G, T) share of the continuation's attention, 0 on tokens that are always kept, sum 1 a layer
+    looks_back: torch.Tensor  # (L, H) share of the continuation's attention on tokens that compete: does the head retrieve?
     cache: KVCache       # the full one
     logits: torch.Tensor  # (V,) of the last prompt token
     continuation: list   # token ids
@@ -101,14 +102,17 @@ def collect(model, prompt):
     before = cache.mark()
     _, attention, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
     cache.rewind(before)
-    needed = attention[..., :len(tokens)].float().amax(2)  # (L, H, n, T + n) -> (L, H, T)
+    attention = attention[..., :len(tokens)].float()  # (L, H, n, T + n) -> (L, H, n, T)
+    needed = attention.amax(2)  # -> (L, H, T)
     L, H, T = needed.shape
     mass = needed.view(L, G, H // G, T).sum(2) * ckv.value_norm(cache)  # (L, G, T)
+    window = min(w for w, _ in ckv.OURS.rules)
     mass[..., :ckv.SINKS] = 0
-    mass[..., T - min(w for w, _ in ckv.OURS.rules):] = 0
+    mass[..., T - window:] = 0
+    looks_back = attention[..., ckv.SINKS:T - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
     u = {(name, w): ckv.utility(observation, cache, s, w).half() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
-    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), mass / mass.sum((1, 2), keepdim=True), cache, logits, continuation,
-                  loss_full)
+    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), mass / mass.sum((1, 2), keepdim=True), looks_back, cache, logits,
+                  continuation, loss_full)
 
 
 # --------------------------------------------------------------------------------------------------------------- learn
@@ -475,7 +479,8 @@ def main(argv=None):
         "machine": evaluation.machine(), "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
         "learner": "mean reward of every action (epsilon-greedy on a complete log)", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
-    ckv.Tables(np.array(budgets), model.fingerprint, compiled, provenance).save(out)
+    retrieval = np.mean([s.looks_back.numpy() for s in samples], 0, dtype=float)  # (L, H)
+    ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)
     stem = out.with_suffix("")
     ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
     heat_maps(compiled, budgets, stem)

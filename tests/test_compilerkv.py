@@ -59,7 +59,7 @@ def constant_tables(W=1.0, tau=0.0, sizes=(64, 256)):
     compiled = {name: Compiled(np.array([s.rules[0]] * n, dtype=float), np.full((n, L, H), W), np.full((n, L, N_ENTROPY_BINS, N_PPL_BINS), tau),
                                np.linspace(1, 5, N_ENTROPY_BINS - 1), np.array([2.0, 4.0, 8.0]))
                 for name, s in SETTINGS.items()}
-    return Tables(np.array(sizes), "f" * 64, compiled, {"seed": 0})
+    return Tables(np.array(sizes), "f" * 64, compiled, np.arange(L * H, dtype=float).reshape(L, H), {"seed": 0})
 
 
 MODEL = SimpleNamespace(fingerprint="f" * 64, config=SimpleNamespace(n_layer=L, n_head=H))
