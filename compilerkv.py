@@ -68,19 +68,17 @@ def attention_level(observation, window, scope, queries="mean"):
     return alpha
 
 
-def pool(x, kernel):
-    """Highest value within kernel // 2 tokens, (L, H, T) -> (L, H, T): neighbours of a token that matters matter. Kernel 1: x."""
-    return F.max_pool1d(x, kernel, stride=1, padding=kernel // 2) if kernel > 1 else x
-
-
 def spread(u, window, kernel):
-    """Pool u over the tokens that compete: sinks and window are kept in any case and lend nothing to their neighbours."""
+    """Max-pool u over kernel // 2 tokens to both sides, (L, H, T) -> (L, H, T): neighbours of a token that matters matter.
+
+    Sinks and window are kept in any case and lend nothing to their neighbours. Kernel 1: u, the paper's formula.
+    """
     if kernel == 1:
         return u
     u = u.clone()
     u[..., :SINKS] = 0
     u[..., max(u.shape[-1] - window, 0):] = 0
-    return pool(u, kernel)
+    return F.max_pool1d(u, kernel, stride=1, padding=kernel // 2)
 
 
 def value_norm(cache):
@@ -223,11 +221,12 @@ def select_h2o(observation, cache, budget, tables):
     return list(top(s, budget))
 
 
-def snapkv_score(observation, G):
-    """SnapKV's score: the window's attention, max-pooled over 7 tokens, by KV head; the window itself on top. (L, G, T)."""
-    s = by_kv_head(pool(attention_level(observation, WINDOW, "head"), 7), G)
-    s[..., -WINDOW:] = torch.inf
-    return s
+def snapkv_score(observation, G, window=WINDOW, kernel=7, pooled=F.max_pool1d):
+    """SnapKV's score, (L, G, T): the window's mean attention on the tokens before it, pooled, by KV head; the window on top."""
+    window = min(window, observation.n_tokens - 1)
+    before = attention_level(observation, window, "head")[..., :observation.n_tokens - window]  # (L, H, T - w)
+    s = by_kv_head(pooled(before, kernel, stride=1, padding=kernel // 2), G)
+    return F.pad(s, (0, window), value=torch.inf)
 
 
 def select_snapkv(observation, cache, budget, tables):
@@ -235,17 +234,75 @@ def select_snapkv(observation, cache, budget, tables):
     return list(top(snapkv_score(observation, cache.k[0].shape[1]), budget))
 
 
-def pyramid_budgets(budget, n_layer, window, beta=20):
+def pyramid_budgets(budget, n_layer, window, n_tokens, beta=20):
     """PyramidKV's sizes: window + a share falling linearly with depth, from 2 - 1/beta to 1/beta of the mean; same total."""
-    share = 1 + (1 - 1 / beta) * np.linspace(1, -1, n_layer) * (n_layer > 1)  # mean 1
-    edges = np.round(np.concatenate(([0], np.cumsum(share) * (budget - window)))).astype(int)  # rounded sums: exact total
+    mean = budget - window
+    steep = min(1 - 1 / beta, (n_tokens - window) / mean - 1) if n_tokens > budget else 0  # no layer has more than all
+    share = mean * (1 + steep * np.linspace(1, -1, n_layer) * (n_layer > 1))
+    edges = np.round(np.concatenate(([0], np.cumsum(share)))).astype(int)  # rounded sums: exact total
     return (window + np.diff(edges)).tolist()
 
 
 def select_pyramidkv(observation, cache, budget, tables):
     """PyramidKV (arXiv 2406.02069): SnapKV with more tokens in low layers and fewer in high ones."""
     s = snapkv_score(observation, cache.k[0].shape[1])
-    return [top(row, n) for row, n in zip(s, pyramid_budgets(budget, len(s), WINDOW))]
+    return [top(row, n) for row, n in zip(s, pyramid_budgets(budget, len(s), WINDOW, observation.n_tokens))]
+
+
+def select_dynamickv(observation, cache, budget, tables):
+    """DynamicKV (arXiv 2412.14838): SnapKV; a layer's size is its share of the best scores of all layers."""
+    s = snapkv_score(observation, cache.k[0].shape[1])  # (L, G, T)
+    L, G, _ = s.shape
+    before = s[..., :max(s.shape[2] - WINDOW, 0)].flatten(1)  # (L, G (T - w))
+    best = before.flatten().topk(min(L * G * (budget - WINDOW), before.numel())).indices
+    sizes = torch.bincount(best // max(before.shape[1], 1), minlength=L) // G  # (L,) tokens beside the window
+    return [top(row, WINDOW + n) for row, n in zip(s, sizes.tolist())]
+
+
+def select_adakv(observation, cache, budget, tables):
+    """AdaKV (arXiv 2407.11550) over SnapKV: KV heads compete for their layer's entries; a fifth of the budget is safe for each."""
+    s = snapkv_score(observation, cache.k[0].shape[1])  # (L, G, T)
+    s = s.scatter(-1, top(s, budget // 5), torch.inf)
+    return gate(s, torch.zeros(len(s)), budget)
+
+
+def select_tova(observation, cache, budget, tables):
+    """TOVA (arXiv 2401.06104): what the last query attends to, mean over heads, one set a layer; and itself."""
+    s = attention_level(observation, 1, "layer").expand(-1, cache.k[0].shape[1], -1).clone()  # (L, 1, T) -> (L, G, T)
+    s[..., -1] = torch.inf
+    return list(top(s, budget))
+
+
+def select_knorm(observation, cache, budget, tables):
+    """K-norm (arXiv 2406.11430): the keys of smallest length; no attention is read."""
+    return list(top(-torch.stack([cache.layer(l)[0][0].float().norm(dim=-1) for l in range(len(cache.k))]), budget))
+
+
+def select_lacache(observation, cache, budget, tables):
+    """LaCache (arXiv 2507.14204): sinks, recent tokens for half the budget, and a ladder of spans, later ones in deeper layers."""
+    L, T, recent = len(cache.k), observation.n_tokens, budget // 2
+    s, span = torch.zeros(L, cache.k[0].shape[1], T), budget - SINKS - recent
+    for l in range(L):
+        start = SINKS + round(l / max(L - 1, 1) * max(T - SINKS - recent - span, 0))
+        s[l, :, start:start + span] = 1
+    return list(top(protect(s, budget, recent), budget))
+
+
+def select_razor(observation, cache, budget, tables):
+    """After RazorAttention (arXiv 2407.15891): the KV heads that look back most keep all, the others sinks and recent tokens.
+
+    Which look back was found offline, see Tables.retrieval. As many keep all as leave the others their sinks and window.
+    """
+    if tables is None:
+        raise ValueError("razor needs compiled tables: they tell which heads retrieve")
+    L, G, T = len(cache.k), cache.k[0].shape[1], observation.n_tokens
+    n_all = min(L * G * (budget - MIN_BUDGET) // max(T - MIN_BUDGET, 1), L * G)
+    recent = (L * G * budget - n_all * T) // max(L * G - n_all, 1) - SINKS  # what is left, evenly
+    rank = torch.from_numpy(tables.retrieval).view(L, G, -1).amax(2).flatten().argsort(descending=True, stable=True)
+    chosen = torch.zeros(L * G, T, dtype=torch.bool)
+    chosen[:, :SINKS] = chosen[:, max(T - recent, 0):] = True
+    chosen[rank[:n_all]] = True
+    return [positions_of(layer) for layer in chosen.view(L, G, T)]
 
 
 def select_hindsight(observation, cache, budget, tables):
@@ -256,9 +313,10 @@ def select_hindsight(observation, cache, budget, tables):
 
 
 POLICIES = {
-    "full": select_full, "random": select_random, "streaming": select_streaming, "h2o": select_h2o,
-    "snapkv": select_snapkv, "pyramidkv": select_pyramidkv, "compilerkv-paper": select_compilerkv_paper,
-    "compilerkv": select_compilerkv, "hindsight": select_hindsight,
+    "full": select_full, "random": select_random, "streaming": select_streaming, "lacache": select_lacache, "knorm": select_knorm,
+    "tova": select_tova, "h2o": select_h2o, "snapkv": select_snapkv, "pyramidkv": select_pyramidkv, "dynamickv": select_dynamickv,
+    "adakv": select_adakv, "razor": select_razor, "compilerkv-paper": select_compilerkv_paper, "compilerkv": select_compilerkv,
+    "hindsight": select_hindsight,
 }
 
 

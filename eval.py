@@ -43,6 +43,7 @@ SAMPLE = 12            # records a task without --full: a multiple of the record
 RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interval
 PROMPT_SHARE = 7500 / 8192  # of the model's context: longer prompts lose their middle, as LongBench cuts for 8k models
 GOLD = 64              # tokens of the gold answer whose loss is measured, at most
+KEPT = ("streaming", "tova", "h2o", "snapkv", "adakv", "compilerkv-paper", "compilerkv", "hindsight")  # whose kept tokens are drawn
 RIGHT = 50             # a score from which an answer counts as right when failures are counted
 
 
@@ -284,17 +285,21 @@ def look_ahead(model, cache, ids):
 
 
 def compress(policies, budgets, observation, cache, tables):
-    """Every policy at every budget on one cache: rows of (policy, budget, gated, seconds), and one batch of the caches left.
+    """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    gated: share of the layers that keep fewer tokens than they may.
+    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four budgets
+    make a batch of their own, because they would pad all others.
     """
-    jobs, caches = [], []
+    parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
     for policy, budget in itertools.product(policies, budgets):
         start = time.perf_counter()
-        caches.append(ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables)))
-        seconds = time.perf_counter() - start
-        jobs.append((policy, budget, float(np.mean([(s >= 0).sum().item() < s.shape[1] * min(budget, observation.n_tokens) for s in caches[-1].slots])), seconds))
-    return jobs, KVCache.stack(caches)
+        small = ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables))
+        seconds, most = time.perf_counter() - start, min(budget, observation.n_tokens)
+        gated = float(np.mean([(s >= 0).sum().item() < s.shape[1] * most for s in small.slots]))
+        jobs, caches = parts[max(small.length) > widest]
+        jobs.append((policy, budget, gated, seconds))
+        caches.append(small)
+    return [(jobs, KVCache.stack(caches)) for jobs, caches in parts.values() if jobs]
 
 
 def write_answer(model, record, cache, logits):
@@ -337,16 +342,16 @@ def run_context(model, records, prompts, args, tables):
         logits, _, observation = model.prefill(question, width, total, before=context)
         full = model.nll(cache, logits, gold).item()
         if policies and "query-aware" in args.protocols:
-            jobs, batch = compressed(observation, gold)
-            measure("query-aware", jobs, batch, logits, batch.kept())
+            for jobs, batch in compressed(observation, gold):
+                measure("query-aware", jobs, batch, logits, batch.kept())
         if "full" in args.policies:
             measure("full", [("full", None, 0.0, 0.0)], cache, logits, cache.kept())
         if policies and "query-agnostic" in args.protocols and not out:  # the context's first question only
             cache.rewind(end_of_context)
-            jobs, batch = compressed(seen, question + gold)
-            kept, ids = batch.kept(), torch.tensor([question], device=model.device)
-            hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
-            measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
+            for jobs, batch in compressed(seen, question + gold):
+                kept, ids = batch.kept(), torch.tensor([question], device=model.device)
+                hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
+                measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
         risks = {protocol: [round(x, 4) for x in ckv.risk(o, ckv.MAX_WINDOW)]
                  for protocol, o in zip(PROTOCOLS, (observation, seen))}
         out.append({"id": record["_id"], "task": record["dataset"], "n_tokens": len(prompt.tokens), "n_context": n_context,
@@ -475,7 +480,7 @@ def summarise(records, protocol, seed):
                "score": mean_score(points), "score_ci": interval(points, counts, weights),
                "dnll": float(dnll.mean()), "dnll_ci": interval(dnll, counts), "dnll_worst_tenth": worst_tenth(dnll),
                "kept_mean": float(values["kept"].mean()), "kv_bytes_mean": float(values["kv_bytes"].mean()),
-               "gated": float(values["gated"].mean()),
+               "gated": float(values["gated"].mean()), "select_ms": 1000 * float(np.median(values["select_seconds"])),
                "score_by_task": {t: where(points, task == t) for t in dict.fromkeys(task.tolist())},
                "by_category": {c: {"score": mean_score(points, category == c), "kv_bytes": where(values["kv_bytes"], category == c)}
                                for c in dict.fromkeys(category.tolist())},
@@ -549,11 +554,12 @@ def protocol_tables(summary):
     out = [f"### {protocol}, {part[0]['n']} records", ""]
     out += lines_of(
         ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]", "kept a layer",
-         "gated %", "KV MB"],
+         "gated %", "KV MB", "ms"],
         [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
                      paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
                      paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
-                     cell(100 * s["gated"] if s["policy"] in ckv.SETTINGS else None, "{:.0f}"), f"{s['kv_bytes_mean'] / 1e6:.2f}"] for s in shown])
+                     cell(100 * s["gated"] if s["policy"] in ckv.SETTINGS else None, "{:.0f}"), f"{s['kv_bytes_mean'] / 1e6:.2f}",
+                     cell(s["select_ms"] or None, "{:.0f}")] for s in shown])
     out += [f"Tails, {protocol}: worst tenth of dNLL; failures, in % of the records that the full cache gets right; agreement "
             "with the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""]
     out += lines_of(
@@ -588,7 +594,7 @@ def style(policy):
     """How a policy is drawn, the same in every picture: ours black, the oracle dotted."""
     ours = policy == "compilerkv"
     return {"marker": "o", "markersize": 4, "linewidth": 2.6 if ours else 1.3, "linestyle": ":" if policy == "hindsight" else "-",
-            "color": "black" if ours else f"C{list(ckv.POLICIES).index(policy)}", "zorder": 3 if ours else 2, "label": label(policy)}
+            "color": "black" if ours else plt.cm.tab20(list(ckv.POLICIES).index(policy)), "zorder": 3 if ours else 2, "label": label(policy)}
 
 
 def finish(figure, axes, title, path):
@@ -669,7 +675,7 @@ def draw_needles(records, protocol, path, title):
 
 def draw_kept(model, record, args, budget, tables, path, width=104):
     """Which tokens of one prompt each policy kept, as text: the darker, the more (layer, KV head) pairs kept the token."""
-    prompt, policies = encode(record, model), [p for p in args.policies if p not in ("full", "random", "pyramidkv")]
+    prompt, policies = encode(record, model), [p for p in KEPT if p in args.policies]
     if not policies:
         return
     _, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
@@ -696,20 +702,32 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
 
 # ----------------------------------------------------------------------------------------------------------- ablations
 
-SWITCHES = {  # what one row changes in CompilerKV as compiled; None: another policy
+SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a string: another policy
     "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
     "W = 1, no gate": {"W": False, "gate": "none"},
     "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"}, "mean of the queries": {"queries": "mean"},
     "one set a layer": {"shared": True}, "no value norm": {"norm": False}, "sinks not protected": {"sinks": 0},
     "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8}, "window 32": {"window": 32},
-    "window 64": {"window": 64}, "paper grid": None, "SnapKV": None, "hindsight (oracle)": None}
-OTHERS = {"paper grid": "compilerkv-paper", "SnapKV": "snapkv", "hindsight (oracle)": "hindsight"}
+    "window 64": {"window": 64}, "layers compete": {"layers": True}, "paper grid": "compilerkv-paper", "hindsight (oracle)": "hindsight",
+    "SnapKV": "snapkv", "SnapKV, mean pool": {"pooled": torch.nn.functional.avg_pool1d}, "SnapKV, kernel 31": {"kernel": 31},
+    "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
-PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "W = 1"), ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"),
-         ("CompilerKV", "constant tau"), ("CompilerKV", "paper grid"))
+PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "SnapKV, kernel 31"), ("CompilerKV", "AdaKV"), ("CompilerKV", "W = 1"),
+         ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"), ("CompilerKV", "constant tau"), ("CompilerKV", "paper grid"))
 
 
-def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=True, sinks=ckv.SINKS, window=None, kernel=None, **settings):
+def row_kept(name, observation, cache, budget, tables):
+    """Kept positions of one row of SWITCHES: a policy by its name, SnapKV changed, or CompilerKV changed."""
+    change = SWITCHES[name]
+    if isinstance(change, str):
+        return ckv.select(change, observation, cache, budget, tables)
+    if name.startswith("SnapKV"):
+        return list(ckv.top(ckv.snapkv_score(observation, cache.k[0].shape[1], **change), budget))
+    return ablated(observation, cache, budget, tables, **change)
+
+
+def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
+            layers=False, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
     window, kernel = window or rule[0], kernel or rule[1]
@@ -724,6 +742,10 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
     s = ckv.head_score(ckv.spread(alpha_rho, window, kernel), learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G)
     protected = ckv.protect(s, budget, window)
     protected[..., sinks:ckv.SINKS] = s[..., sinks:ckv.SINKS]
+    if layers:  # one competition for all: B tokens a layer on average only
+        protected, shape = protected.reshape(1, -1, protected.shape[-1]), protected.shape
+        everywhere, = ckv.gate(protected, tau[:1], budget)  # (L n_sets, S)
+        return [rows[:, :int((rows >= 0).sum(1).max())].expand(G, -1) for rows in everywhere.view(*shape[:2], -1)]
     return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]
 
 
@@ -732,14 +754,12 @@ def ablate(model, work, args, tables):
     dnll, kept, entries = [], [], model.config.n_layer * model.config.n_kv_head
     for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
         for prompt in prompts:
-            logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW)
+            logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, total=True)
             full = model.nll(cache, logits, prompt.gold).item()
             observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
             losses, sizes = [], []
-            for name, change in SWITCHES.items():
-                caches = [ckv.evict(cache, ckv.select(OTHERS[name], observation, cache, budget, tables) if change is None else
-                                    ablated(observation, cache, budget, tables, **change)) for budget in args.budgets]
-                batch = KVCache.stack(caches)
+            for name in SWITCHES:
+                batch = KVCache.stack([ckv.evict(cache, row_kept(name, observation, cache, budget, tables)) for budget in args.budgets])
                 losses.append(model.nll(batch, logits, prompt.gold) - full)
                 sizes.append(batch.kept() / entries)
             dnll.append(torch.stack(losses))  # (rows, budgets)

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from compilerkv import (MAX_WINDOW, MIN_BUDGET, N_ENTROPY_BINS, N_PPL_BINS, OURS, PAPER, POLICIES, SETTINGS, SINKS, WINDOW,
-                        Compiled, Settings, Tables, attention_level, by_kv_head, evict, gate, head_score, pool,
+                        Compiled, Settings, Tables, attention_level, by_kv_head, evict, gate, head_score,
                         positions_of, protect, pyramid_budgets, risk, risk_bin, select, spread, utility, value_norm,
                         write_atomically)
 from helpers import assert_one_line
@@ -22,7 +23,8 @@ from model import KVCache, Observation, UserError
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
 L, H, G, D = 3, 4, 2, 8
-HEADWISE = ("h2o", "snapkv", "pyramidkv", "random", "compilerkv", "hindsight")  # policies whose KV heads choose for themselves
+HEADWISE = ("h2o", "snapkv", "pyramidkv", "dynamickv", "adakv", "knorm", "razor", "random", "compilerkv",
+            "hindsight")  # policies whose KV heads choose for themselves
 
 properties = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -86,7 +88,7 @@ def test_the_worked_example_of_the_method():
     alpha, rho = attention_level(observation, window=2, scope="model"), value_norm(cache)
     assert alpha.flatten().tolist() == [0.75, 1.5, 0.75]
     assert rho.tolist() == [[[1.0, 1.0, 1.0], [0.5, 1.0, 1.5]]]
-    u = utility(observation, cache, Settings("model", "mean", True, (), (), (), ()), window=2)
+    u = utility(observation, cache, Settings("model", "mean", True, (), (), ()), window=2)
     assert torch.equal(u, alpha * rho)
     W = torch.tensor([[1.0, 1.5]])
     assert head_score(u, W).tolist() == [[[0.75, 2.25, 1.6875]]]
@@ -111,16 +113,6 @@ def test_alpha_looks_at_the_last_queries_only():
     with pytest.raises(ValueError):
         attention_level(observation, 32, "heads")
     assert torch.equal(attention_level(observation, 32, "head", "max"), 100 * observation.attention[:, :, 32:].amax(2))
-
-
-def test_pooling_takes_the_maximum_of_the_neighbours():
-    """Guards against a pool that is off by one token, or that averages."""
-    observation, _ = random_prompt(seed=2, T=50)
-    plain = attention_level(observation, 32, "head")
-    pooled = pool(plain, 7)
-    assert torch.equal(pool(plain, 1), plain)
-    for t in range(50):
-        assert torch.equal(pooled[..., t], plain[..., max(t - 3, 0):t + 4].amax(-1))
 
 
 def test_protected_tokens_lend_nothing_to_their_neighbours():
@@ -150,7 +142,7 @@ def test_the_scale_of_a_heads_values_does_not_matter(factor, layer, head, seed):
     scaled = copy.deepcopy(cache)
     scaled.v[layer][0, head] *= factor
     for policy in POLICIES:
-        assert same(select(policy, observation, cache, 50), select(policy, observation, scaled, 50))
+        assert same(*(select(policy, observation, c, 50, constant_tables()) for c in (cache, scaled)))
 
 
 def test_a_query_head_reads_the_values_of_its_own_kv_head():
@@ -279,8 +271,8 @@ def test_a_larger_tau_keeps_a_subset(T, budget, low, rise, seed):
 def test_a_budget_for_all_tokens_keeps_all_tokens(T, more, seed):
     """Guards against loss where nothing had to be dropped."""
     observation, cache = random_prompt(seed, T=T)
-    for policy in sorted(POLICIES.keys() - {"pyramidkv"}):  # which gives its high layers less than the budget
-        for tables in (None, constant_tables()):
+    for policy in POLICIES:
+        for tables in (None, constant_tables())[policy == "razor":]:
             kept = select(policy, observation, cache, max(T, MIN_BUDGET) + more, tables)
             assert all(set(range(T)) == row for row in as_sets(kept))
 
@@ -376,7 +368,7 @@ def test_protected_tokens_fit_into_the_budget(T, budget, window):
 def test_kept_sets_are_well_formed(policy, T, budget, seed, ties):
     """Guards against positions that are unsorted, doubled or out of range, and budgets that are not respected."""
     observation, cache = random_prompt(seed, T=T, ties=ties)
-    kept = select(policy, observation, cache, budget)
+    kept = select(policy, observation, cache, budget, constant_tables())
     assert len(kept) == L
     for positions in kept:
         assert positions.shape[0] == G and positions.shape[1] > 0 and positions.dtype == torch.int64
@@ -387,20 +379,19 @@ def test_kept_sets_are_well_formed(policy, T, budget, seed, ties):
     sizes = [int((positions >= 0).sum()) / G for positions in kept]
     if policy == "full":
         assert sizes == [T] * L
-    elif policy == "pyramidkv":
-        wanted = pyramid_budgets(budget, L, WINDOW)
-        assert sizes == [min(n, T) for n in wanted] and sum(sizes) <= L * budget
-        assert sum(sizes) == L * budget or T < max(wanted)
+    elif policy in ("pyramidkv", "dynamickv", "razor"):  # same total, spread over layers; less than one token a layer is lost
+        assert L * (min(budget, T) - 1) < sum(sizes) <= L * min(budget, T)
+        assert policy != "pyramidkv" or sizes == [min(n, T) for n in pyramid_budgets(budget, L, WINDOW, T)]
     else:
         assert sizes == [min(budget, T)] * L
     for row in as_sets(kept):
-        if policy in ("random", "streaming", "compilerkv", "compilerkv-paper", "full"):
+        if policy in ("random", "streaming", "lacache", "razor", "compilerkv", "compilerkv-paper", "full"):
             assert set(range(min(SINKS, T))) <= row
-        if policy in ("random", "streaming", "snapkv", "pyramidkv", "compilerkv-paper", "full"):
+        if policy in ("random", "streaming", "snapkv", "pyramidkv", "dynamickv", "adakv", "razor", "compilerkv-paper", "full"):
             assert set(range(max(T - WINDOW, 0), T)) <= row
         if policy == "compilerkv":
             assert set(range(max(T - OURS.rules[0][0], 0), T)) <= row
-        if policy == "h2o":
+        if policy in ("h2o", "lacache"):
             assert set(range(max(T - budget // 2, 0), T)) <= row
 
 
@@ -424,7 +415,10 @@ def test_rivals_keep_what_their_papers_say():
         assert row == {*range(SINKS), *range(T - budget + SINKS, T)}
     for policy, score, recent in (
             ("h2o", by_kv_head(observation.total, G), budget // 2),
-            ("snapkv", by_kv_head(pool(attention_level(observation, WINDOW, "head"), 7), G), WINDOW),
+            ("snapkv", by_kv_head(F.pad(F.max_pool1d(attention_level(observation, WINDOW, "head")[..., :-WINDOW], 7, 1, 3), (0, WINDOW)), G),
+             WINDOW),
+            ("tova", attention_level(observation, 1, "head").mean(1, keepdim=True).repeat(1, G, 1), 1),
+            ("knorm", -torch.stack([k[0].norm(dim=-1) for k in cache.k]), 0),
             ("hindsight", by_kv_head(observation.answer, G) * value_norm(cache), 0)):
         score[..., T - recent:] = torch.inf
         kept = torch.stack(select(policy, observation, cache, budget))  # (L, G, budget)
@@ -436,15 +430,65 @@ def test_kv_heads_choose_for_themselves_where_the_rival_says_so():
     """Guards against rivals that share one set a layer, and against a literal reading of the paper that does not."""
     observation, cache = random_prompt(seed=10, T=150)
     for policy in POLICIES:
-        shared = all(torch.equal(*positions) for positions in select(policy, observation, cache, 50))
+        shared = all(torch.equal(*positions) for positions in select(policy, observation, cache, 60, constant_tables()))
         assert shared == (policy not in HEADWISE)
+
+
+def test_a_pyramid_never_gives_a_layer_more_than_there_is():
+    """Guards against entries that are lost where the widest layer would hold more tokens than the prompt has."""
+    sizes = pyramid_budgets(500, 30, WINDOW, 600)
+    assert max(sizes) in (599, 600, 601) and sum(sizes) == 30 * 500
+
+
+def test_kv_heads_of_adakv_compete_and_have_a_fifth_to_themselves():
+    """Guards against AdaKV that is SnapKV under another name, and against a head that is left with nothing."""
+    T, budget = 150, 80
+    observation, cache = random_prompt(seed=13, T=T)
+    attention = observation.attention.clone()
+    attention[:, :H // G] *= 1e-3  # the first KV head's queries look at no token before the window with any weight
+    kept = as_sets(select("adakv", Observation(attention, observation.logprobs), cache, budget))
+    for first, second in zip(kept[::2], kept[1::2]):
+        assert len(first) == max(budget // 5, WINDOW) and len(first) + len(second) == G * budget
+
+
+def test_the_layers_of_dynamickv_get_what_their_scores_win():
+    """Guards against layer sizes that do not follow the attention."""
+    observation, cache = random_prompt(seed=14, T=150)
+    attention = observation.attention.clone()
+    attention[0] *= 1e-3
+    sizes = [k.shape[1] for k in select("dynamickv", Observation(attention, observation.logprobs), cache, 60)]
+    assert sizes[0] == WINDOW and min(sizes[1:]) > 60 and sum(sizes) <= L * 60
+
+
+def test_the_ladder_of_lacache_climbs():
+    """Guards against a ladder whose layers all keep the same span, or that leaves out an end of the middle."""
+    T, budget = 200, 50
+    observation, cache = random_prompt(seed=15, T=T)
+    spans = [sorted(row - {*range(SINKS), *range(T - budget // 2, T)}) for row in as_sets(select("lacache", observation, cache, budget))]
+    assert all(span == list(range(span[0], span[0] + 21)) for span in spans)
+    assert [span[0] for span in spans[::G]] == [4, 79, 154] and spans[-1][-1] == T - budget // 2 - 1
+
+
+def test_the_heads_that_look_back_keep_all_of_it_in_razor():
+    """Guards against the wrong heads, or against more entries than the others have."""
+    T, budget = 150, 60
+    observation, cache = random_prompt(seed=16, T=T)
+    tables = constant_tables()
+    tables.retrieval[:] = 0
+    tables.retrieval[1, H - 1] = 1.0  # a query head of the last KV head of layer 1
+    kept = as_sets(select("razor", observation, cache, budget, tables))
+    n_all = L * G * (budget - MIN_BUDGET) // (T - MIN_BUDGET)
+    whole = [i for i, row in enumerate(kept) if len(row) == T]
+    assert n_all == len(whole) == 1 and whole == [1 * G + G - 1]
+    rest = [row for row in kept if len(row) < T]
+    assert all(row == {*range(SINKS), *range(T - len(row) + SINKS, T)} for row in rest) and len({len(row) for row in rest}) == 1
 
 
 def test_policies_refuse_an_observation_without_what_they_need():
     """Guards against H2O or the oracle running silently on the window's attention instead."""
     observation, cache = random_prompt(seed=11)
     poor = Observation(observation.attention, observation.logprobs)
-    for policy in ("h2o", "hindsight"):
+    for policy in ("h2o", "hindsight", "razor"):
         with pytest.raises(ValueError):
             select(policy, poor, cache, 50)
 
@@ -453,7 +497,7 @@ def test_policies_refuse_an_observation_without_what_they_need():
 @given(n_layer=st.integers(2, 40), budget=st.integers(MIN_BUDGET, 2000))
 def test_pyramid_budgets_fall_and_keep_the_total(n_layer, budget):
     """Guards against a pyramid that is upside down, flat, or larger than the rivals' caches."""
-    sizes = pyramid_budgets(budget, n_layer, WINDOW)
+    sizes = pyramid_budgets(budget, n_layer, WINDOW, 8192)
     assert len(sizes) == n_layer and sum(sizes) == n_layer * budget
     assert min(sizes) >= WINDOW and sizes[0] > sizes[-1]
     slope = 1.9 * (budget - WINDOW) / (n_layer - 1)  # tokens by which a layer's share is less than the one before
@@ -462,7 +506,7 @@ def test_pyramid_budgets_fall_and_keep_the_total(n_layer, budget):
 
 def test_a_pyramid_of_one_layer_has_the_budget():
     """Guards against a single layer that is given nearly twice its budget."""
-    assert pyramid_budgets(100, 1, WINDOW) == [100]
+    assert pyramid_budgets(100, 1, WINDOW, 8192) == [100]
 
 
 @pytest.mark.parametrize("policy, budget, word", [
