@@ -259,9 +259,9 @@ def select_dynamickv(observation, cache, budget, tables):
     return [top(row, WINDOW + n) for row, n in zip(s, sizes.tolist())]
 
 
-def select_adakv(observation, cache, budget, tables):
+def select_adakv(observation, cache, budget, tables, **how):
     """AdaKV (arXiv 2407.11550) over SnapKV: KV heads compete for their layer's entries; a fifth of the budget is safe for each."""
-    s = snapkv_score(observation, cache.k[0].shape[1])  # (L, G, T)
+    s = snapkv_score(observation, cache.k[0].shape[1], **how)  # (L, G, T)
     s = s.scatter(-1, top(s, budget // 5), torch.inf)
     return gate(s, torch.zeros(len(s)), budget)
 

@@ -17,6 +17,12 @@ def assert_one_line(error, *words):
     assert all(str(word) in text for word in words), text
 
 
+def positions(runs):
+    """Numbers written as runs, "0-3 7" -> [0, 1, 2, 3, 7]."""
+    ends = [run.split("-") for run in runs.split()]
+    return [n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)]
+
+
 # ------------------------------------------------------------------------------------------------------ weights files
 
 def gguf_tensors(model):

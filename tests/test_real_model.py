@@ -5,7 +5,7 @@ import torch
 
 from compilerkv import SETTINGS, Tables, select
 from eval import DEFAULT_TABLES
-from helpers import needs_weights
+from helpers import needs_weights, positions
 from model import load
 
 torch.set_num_threads(1)
@@ -44,12 +44,10 @@ def test_the_capital_of_france(smollm):
 
 def test_kept_positions_are_those_that_were_written_down(smollm):
     """Guards against a change of a score, pool, tie or RoPE that every property test allows."""
-    ends = lambda run: (int(run.split("-")[0]), int(run.split("-")[-1]) + 1)
-    numbers = lambda text: [n for run in text.split() for n in range(*ends(run))]
     _, cache, observation = smollm.prefill(smollm.tokenizer.encode(PROMPT), window=64)
     for (policy, layer), expected in KEPT.items():
         kept = select(policy, observation, cache, 64, tables=None)[layer].unique(dim=0)
-        assert sorted([t for t in row if t >= 0] for row in kept.tolist()) == sorted(numbers(text) for text in expected.split(" | "))
+        assert sorted([t for t in row if t >= 0] for row in kept.tolist()) == sorted(positions(text) for text in expected.split(" | "))
 
 
 @pytest.mark.skipif(not DEFAULT_TABLES.exists(), reason="no tables yet: run `python train_tables.py`")
