@@ -6,7 +6,8 @@ Records that share a context share its prefill. They are judged under two protoc
                     (the first question of each context: the same tokens would be evicted for the others)
 Two measures: the task's own score (LongBench's metrics, 0 to 100) of the greedy answer, and dNLL, the mean negative
 log-likelihood of the gold answer under the compressed cache minus that under the full one, in nats a token (0 = nothing
-lost). Reading order: metrics and tasks -> records -> one context -> the run -> statistics -> report -> pictures -> command.
+lost). Reading order: metrics and tasks -> records -> one context -> the run -> statistics -> report -> pictures ->
+ablations -> speed -> command.
 """
 
 import argparse
@@ -792,6 +793,196 @@ def ablation_report(dnll, kept, records, args, model):
     return "\n".join(out) + "\n"
 
 
+# --------------------------------------------------------------------------------------------------------------- speed
+
+SPEED_LENGTHS = (1024, 2048, 4096, 8000)  # prompt tokens; rising, because the process's memory is a high-water mark
+ROUNDS = 3              # of which the fastest counts; one fewer above 4,096 tokens
+WARM_UP, STEPS = 2, 24  # decode steps: not counted (the first makes room in the cache), and timed
+ROLL_OUTS, ROLL_KEPT, ROLL_TOKENS = 16, 256, 64  # caches in one batch, tokens each KV head kept, tokens read from each cache
+STAGES = ("Eq. 7: risk, look-up", "Eq. 4: utility, spread", "Eqs. 5-6, 8: score, gate", "evict")
+
+
+def clock(device):
+    """Seconds, read once the device has finished all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def fastest(rounds, device, *works):
+    """Least seconds of each of the works, which take turns so that a slow spell hits all; and what the last returned."""
+    least = [np.inf] * len(works)
+    for _, (i, work) in itertools.product(range(rounds), enumerate(works)):
+        result = None  # frees what the work before returned
+        start = clock(device)
+        result = work()
+        least[i] = min(least[i], clock(device) - start)
+    return least, result
+
+
+def peak_memory():
+    """Most bytes of main memory that the process has held so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB
+
+
+def machine_rates(model):
+    """What this machine reaches at its best: bytes a second from memory, multiply-adds a second in the model's dtype.
+
+    Memory: 256 MB read (a sum) or copied (512 MB moved), whichever moves more. Matrices: 2,048 tokens by the first gate_up.
+    """
+    data, weight = torch.ones(64_000_000, device=model.device), model.blocks[0].gate_up  # float32; (2F, E)
+    copy, x = torch.empty_like(data), torch.ones(2048, weight.shape[1], dtype=model.dtype, device=model.device)
+    (read, copied, product), _ = fastest(5, model.device, data.sum, lambda: copy.copy_(data), lambda: x @ weight.T)
+    return max(data.nbytes / read, 2 * data.nbytes / copied), len(x) * weight.numel() / product
+
+
+def add_floors(model, rows, bandwidth, rate):
+    """Put beside each measured time the least that this machine could need for it. Frankly, what is counted:
+
+    decode: all weights of the layers and of the output read once, and the KV entries kept (not their padding), at full
+    bandwidth. prefill: multiply-adds of the linear layers, of causal attention (T (T + 1) / 2 pairs, for scores and for
+    values) and of one token's logits, at the best rate. What is not: norms, rotations, softmax, masks, activations, Python.
+    """
+    c, weights = model.config, [w for block in model.blocks for w in vars(block).values()]
+    step, a_token = sum(w.nbytes for w in (*weights, model.norm, model.head)), sum(w.numel() for w in weights if w.dim() == 2)
+    for row in rows:
+        T = row["n_tokens"]
+        attention = T * (T + 1) * c.n_layer * c.n_head * c.head_dim
+        row["prefill_floor_seconds"] = (T * a_token + attention + model.head.numel()) / rate
+        for cache in row["caches"]:
+            cache["floor_ms"] = 1000 * (step + cache["kv_bytes"]) / bandwidth
+
+
+def timed_compilerkv(observation, cache, budget, tables):
+    """CompilerKV as `select` and `evict` run it, the clock read between STAGES: kept, the cache left, seconds of each (4,)."""
+    device, G = cache.k[0].device, cache.k[0].shape[1]
+    times = [clock(device)]
+    (window, kernel), W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
+    times.append(clock(device))
+    u = ckv.spread(ckv.utility(observation, cache, ckv.OURS, window), window, kernel)  # (L, H, T)
+    times.append(clock(device))
+    kept = ckv.kept_tokens(u, W.to(device), tau.to(device), budget, window, G)  # L x (G, S_l)
+    times.append(clock(device))
+    small = ckv.evict(cache, kept)
+    times.append(clock(device))
+    return kept, small, np.diff(times)
+
+
+def decode_ms(model, cache, token):
+    """Quartiles [25, 50, 75%] of the milliseconds of a greedy step from token (1, 1). The cache is handed back as found."""
+    before, times = cache.mark(), [clock(model.device)]
+    for _ in range(WARM_UP + STEPS):
+        hidden, _, _ = model.forward(token, cache)
+        token = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)  # (1, E) -> (1, V) -> (1, 1)
+        times.append(clock(model.device))
+    cache.rewind(before)
+    return np.percentile(1000 * np.diff(times)[WARM_UP:], (25, 50, 75)).tolist()
+
+
+def measure_length(model, tokens, budgets, tables):
+    """All that is timed on one prompt, and its memory: (one object for speed.json, what prefill returned)."""
+    T, device, config, ids = len(tokens), model.device, model.config, torch.tensor([tokens], device=model.device)  # (1, T)
+    bare = lambda: model.logits(model.forward(ids, KVCache.empty(config, model.dtype, device))[0][0, -1])
+    (plain, scanned), prefilled = fastest(ROUNDS - (T > 4096), device, bare, lambda: model.prefill(tokens, ckv.MAX_WINDOW))
+    logits, cache, observation = prefilled
+    entry, caches = 2 * config.head_dim * cache.k[0].element_size(), []  # bytes of one key and one value
+    for budget in (None, *budgets):  # None: the full cache
+        kept, small, more = ckv.select_full(observation, cache, budget, tables), cache, {}
+        if budget is not None:
+            kept, small, seconds = zip(*(timed_compilerkv(observation, cache, budget, tables) for _ in range(ROUNDS)))
+            kept, small, seconds = kept[-1], small[-1], np.min(seconds, axis=0)  # (rounds, stages) -> (stages,)
+            more = {"stage_seconds": dict(zip(STAGES, seconds.tolist())), "share": (scanned - plain + seconds.sum()) / plain}
+        caches.append({"budget": budget, "kv_bytes": small.nbytes, "kv_bytes_padded": entry * config.n_kv_head * sum(small.length),
+                       "kv_bytes_by_hand": entry * sum(int((p >= 0).sum()) for p in kept),
+                       "ms": decode_ms(model, small, logits.argmax().view(1, 1)), **more})
+    return {"n_tokens": T, "prefill_seconds": plain, "prefill_scan_seconds": scanned, "peak_memory_bytes": peak_memory(),
+            "caches": caches}, prefilled
+
+
+def roll_outs(model, continuation, logits, cache, observation):
+    """How many roll-outs of the continuation a second one batch makes. SnapKV chooses: every KV head keeps exactly as many."""
+    small = ckv.evict(cache, ckv.select("snapkv", observation, cache, ROLL_KEPT))
+    (seconds,), _ = fastest(ROUNDS, model.device, lambda: model.nll(KVCache.stack([small] * ROLL_OUTS), logits, continuation))
+    return {"n_tokens": observation.n_tokens, "kept": small.length[0], "a_second": ROLL_OUTS / seconds}
+
+
+def measure_speed(model, records, budgets, tables):
+    """Every length; last the machine itself, whose large tensors would else count as memory of the short prompts."""
+    longest = max(model.config.context_length - ROLL_TOKENS, 1)
+    lengths, rows = [T for T in SPEED_LENGTHS if T <= longest] or [longest], []
+    ids = model.tokenizer.encode("".join(context + "\n\n" for context in dict.fromkeys(r["context"] for r in records)))
+    ids = ids * -(-(lengths[-1] + ROLL_TOKENS) // len(ids))
+    for T in tqdm(lengths, desc="lengths", unit="length", dynamic_ncols=True):
+        row, prefilled = measure_length(model, ids[:T], budgets, tables)
+        rows.append(row)
+        if T == min(lengths, key=lambda T: abs(T - 2048)):
+            rolled = roll_outs(model, ids[T:T + ROLL_TOKENS], *prefilled)
+        del prefilled  # the next length's memory must not hold it
+    bandwidth, rate = machine_rates(model)
+    add_floors(model, rows, bandwidth, rate)
+    return {"bytes_a_second": bandwidth, "multiply_adds_a_second": rate, "roll_outs": rolled, "lengths": rows}
+
+
+def speed_tables(speed):
+    """What was measured, as lines of Markdown."""
+    rows, roll, n = speed["lengths"], speed["roll_outs"], lambda row: str(row["n_tokens"])
+    out = [f"Prefill, seconds; the scan observes the last {ckv.MAX_WINDOW} queries. Peak memory: the most that the process has held "
+           "up to there, loading included, so lengths rise.", ""]
+    out += lines_of(["prompt tokens", "prefill", "floor", "prefill / floor", "with the scan", "peak memory, MB"], [
+        [n(r), f"{r['prefill_seconds']:.3f}", f"{r['prefill_floor_seconds']:.3f}",
+         f"{r['prefill_seconds'] / r['prefill_floor_seconds']:.1f}", f"{r['prefill_scan_seconds']:.3f}",
+         cell(r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6, "{:.0f}")] for r in rows])
+    out += ["CompilerKV's stages, milliseconds; the scan and all stages together, in % of the prefill without them.", ""]
+    out += lines_of(["prompt tokens", "budget", *STAGES, "scan and stages, % of prefill"], [
+        [n(r), str(c["budget"]), *(f"{1000 * s:.1f}" for s in c["stage_seconds"].values()), f"{100 * c['share']:.1f}"]
+        for r in rows for c in r["caches"][1:]])
+    out += [f"Decode, milliseconds a token: median [quartiles] of {STEPS} steps. KV bytes: as the cache counts them; by hand, kept "
+            "entries x 2 x head dim x bytes of a number; and with the padding of KV heads that keep fewer than their layer's longest.", ""]
+    out += lines_of(["prompt tokens", "budget", "ms a token", "floor", "ms / floor", "full cache's ms / ms", "KV bytes", "by hand",
+                     "with padding"], [
+        [n(r), str(c["budget"] or "all"), "{1:.2f} [{0:.2f}, {2:.2f}]".format(*c["ms"]), f"{c['floor_ms']:.2f}",
+         f"{c['ms'][1] / c['floor_ms']:.1f}", f"{r['caches'][0]['ms'][1] / c['ms'][1]:.2f}",
+         *(f"{c[key]:,}" for key in ("kv_bytes", "kv_bytes_by_hand", "kv_bytes_padded"))] for r in rows for c in r["caches"]])
+    return out + [
+        f"Roll-outs: {roll['a_second']:.1f} a second, in a batch of {ROLL_OUTS} caches of {roll['kept']} tokens a KV head (of "
+        f"{roll['n_tokens']}), {ROLL_TOKENS} given tokens each.", "",
+        f"Floors: {speed['bytes_a_second'] / 1e9:.1f} GB a second from memory, {speed['multiply_adds_a_second'] / 1e9:.3g} G "
+        "multiply-adds a second, both measured here. A decode step reads all weights and the KV bytes kept once; a prefill multiplies in "
+        "its linear layers, in causal attention and for the last token's logits. Nothing else is counted.", ""]
+
+
+def draw_speed(speed, path, title):
+    """Decode milliseconds against the prompt's length, median and quartiles, full cache and budgets; dotted: their floors."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    lengths = [row["n_tokens"] for row in speed["lengths"]]
+    for i, caches in enumerate(zip(*(row["caches"] for row in speed["lengths"]))):
+        low, middle, high = np.array([c["ms"] for c in caches]).T  # (lengths, 3) -> 3 x (lengths,)
+        name = f"budget {caches[0]['budget']}" if caches[0]["budget"] else "full cache"
+        axis.errorbar(lengths, middle, (middle - low, high - middle), color=f"C{i}", marker="o", markersize=4, capsize=3, label=name)
+        axis.plot(lengths, [c["floor_ms"] for c in caches], color=f"C{i}", linestyle=":", label=f"{name}: floor")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, map(str, lengths))
+    axis.set(xlabel="prompt tokens", ylabel="decode, milliseconds a token", ylim=(0, None))
+    finish(figure, [axis], title, path)
+
+
+def write_speed(model, records, args, tables, settings):
+    """speed.json, speed.md and speed.png, into --out. Returns the report."""
+    start, meta = time.perf_counter(), {key: settings[key] for key in settings if key not in ("policies", "protocols")}
+    speed = measure_speed(model, records, args.budgets, tables)
+    title = f"{model.name}, {meta['dtype']}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads"
+    meta["seconds"] = round(time.perf_counter() - start, 1)
+    report = "\n".join([f"Speed on {meta['device']}, {title}, {meta['seconds']:.0f} s.", "", *speed_tables(speed)])
+    ckv.write_atomically(args.out / "speed.json", json.dumps({"meta": meta, **speed}, indent=1) + "\n")
+    ckv.write_atomically(args.out / "speed.md", report)
+    draw_speed(speed, args.out / "speed.png", title)
+    return report
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 def machine():
@@ -826,11 +1017,12 @@ def parse(argv):
     parser.add_argument("--full", action="store_true", help="all records (an hour on the mini-LongBench)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
+    parser.add_argument("--speed", action="store_true", help="what compression costs and buys in seconds and bytes (a few minutes)")
     parser.add_argument("--limit", type=int, help=f"records a task (default: {SAMPLE})")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
     parser.add_argument("--tasks", help="comma-separated names of the only tasks to run (default: all)")
-    parser.add_argument("--out", type=Path, help="a directory (default: results with --full, else results/sample or results/quick)")
+    parser.add_argument("--out", type=Path, help="a directory (default: results with --full or --speed, else results/{sample,quick})")
     args = parser.parse_args(argv)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
@@ -843,11 +1035,13 @@ def parse(argv):
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     if (args.limit is not None) + args.full + args.quick > 1:
         raise UserError("--full, --quick and --limit exclude each other: each says how many records to take")
+    if args.speed and (args.ablate or args.full or args.quick or args.limit is not None):
+        raise UserError("--speed excludes --ablate, --full, --quick and --limit: it times one text at every length")
     if args.quick:
         args.budgets, args.limit = [128], 1
     elif not args.full:
         args.limit = args.limit or SAMPLE
-    args.out = args.out or HERE / "results" / ("quick" if args.quick else "" if args.full else "sample")
+    args.out = args.out or HERE / "results" / ("quick" if args.quick else "" if args.full or args.speed else "sample")
     for option in ("policies", "protocols", "tasks"):
         if getattr(args, option) == []:
             raise UserError(f"--{option} is empty")
@@ -885,6 +1079,9 @@ def main(argv=None):
         report = head + ablation_report(dnll, kept, records, args, model)
         ckv.write_atomically(args.out / f"ablation-{settings['data']}.md", report)
         print(report)
+        return 0
+    if args.speed:
+        print(write_speed(model, records, args, tables, settings))
         return 0
     finished, interrupted, journal = run(model, work, args, tables, settings)
     number = {r["_id"]: (r["dataset"], r["context"]) for r in records}

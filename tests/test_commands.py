@@ -17,7 +17,7 @@ import torch
 
 import eval as evaluation
 import train_tables
-from compilerkv import MIN_BUDGET, POLICIES, Tables
+from compilerkv import MAX_WINDOW, MIN_BUDGET, POLICIES, Tables, select
 from eval import PROTOCOLS
 from helpers import gguf_meta, gguf_tensors, write_gguf
 from model import INSTALL, Config, load, random_model
@@ -303,3 +303,96 @@ def test_the_ablations_name_every_row_and_compare_in_pairs(world, tmp_path, caps
     at_64 = {row[1]: row[2:] for row in rows if row[0] == "| 64"}
     same = [name for name, values in at_64.items() if values == at_64["CompilerKV"] and name != "CompilerKV"]
     assert len(same) <= 4, same  # a switch to what the tables say already changes nothing
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+@pytest.fixture(scope="module")
+def speed(world):
+    """What `eval.py --speed` measures on the tiny model, at three lengths: the content of speed.json."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "SPEED_LENGTHS", (96, 200, 400, 480))  # 480 and 64 more exceed the model's 512
+        assert evaluate(world, world / "speed", "--speed") == 0
+    return json.loads((world / "speed" / "speed.json").read_text())
+
+
+def numbers(value):
+    """Every number of nested JSON but "share", which noise can push below zero on a model as small as this."""
+    if isinstance(value, (dict, list)):
+        parts = [v for k, v in value.items() if k != "share"] if isinstance(value, dict) else value
+        return [n for part in parts for n in numbers(part)]
+    return [value] if type(value) in (int, float) else []
+
+
+def test_speed_writes_a_report_its_numbers_and_a_picture(world, speed, tmp_path, monkeypatch, capsys):
+    """Guards against a report that differs from what is printed, a row that is lost, and a model shorter than every length."""
+    assert {path.name for path in (world / "speed").iterdir()} == {"speed.md", "speed.json", "speed.png"}
+    assert [[c["budget"] for c in row["caches"]] for row in speed["lengths"]] == [[None, 64, 128]] * 3
+    monkeypatch.setattr(evaluation, "STEPS", 2)
+    capsys.readouterr()
+    assert evaluate(world, tmp_path, "--speed", "--budgets=64") == 0
+    report = (tmp_path / "speed.md").read_text()
+    head, *lines = report.splitlines()
+    assert report in capsys.readouterr().out and "tiny, float32" in head and "1 threads" in head
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    cells = [line.split(" | ")[:2] for line in lines if line.startswith("| 448 |")]  # the longest that fits
+    assert [row[1] for row in cells[1:]] == ["64", "all", "64"]
+    assert evaluation.parse(["--speed"]).out == evaluation.HERE / "results"
+
+
+def test_speed_numbers_are_positive_and_bytes_exact(speed):
+    """Guards against times in the wrong order, bytes of padding or of decoded tokens, and memory that falls."""
+    measured = {key: value for key, value in speed.items() if key != "meta"}
+    assert len(numbers(measured)) > 70 and all(0 < n < float("inf") for n in numbers(measured))
+    assert [row["n_tokens"] for row in speed["lengths"]] == [96, 200, 400] and speed["roll_outs"]["n_tokens"] == 400
+    assert speed["roll_outs"]["kept"] == 256
+    for row in speed["lengths"]:
+        for cache in row["caches"]:
+            tokens = min(cache["budget"] or row["n_tokens"], row["n_tokens"])
+            most = tokens * 2 * 2 * 2 * 8 * 4  # layers, KV heads, K and V, head dim, float32
+            assert cache["kv_bytes"] == cache["kv_bytes_by_hand"] <= most
+            assert cache["kv_bytes"] <= cache["kv_bytes_padded"] and cache["ms"] == sorted(cache["ms"])
+        assert row["caches"][0]["kv_bytes"] == row["caches"][0]["kv_bytes_padded"] == row["n_tokens"] * 256
+    memory = [row["peak_memory_bytes"] for row in speed["lengths"] if row["peak_memory_bytes"]]  # Windows does not tell
+    assert memory == sorted(memory) and all(m > 2 ** 24 for m in memory)
+
+
+def test_speed_floors_by_hand(speed):
+    """Guards against a floor that forgets the weights or counts the embedding twice, and attention to keys that are hidden."""
+    weights = gguf_tensors(random_model(CONFIG, seed=1))  # the output matrix is the embedding
+    matrices = sum(w.size for name, w in weights.items() if name.startswith("blk") and w.ndim == 2)
+    for row in speed["lengths"]:
+        for cache in row["caches"]:
+            read = sum(w.nbytes for w in weights.values()) + cache["kv_bytes"]
+            assert cache["floor_ms"] / 1000 * speed["bytes_a_second"] == pytest.approx(read)
+        pairs = sum(t + 1 for t in range(row["n_tokens"])) * 2 * 4  # layers, query heads
+        products = row["n_tokens"] * matrices + pairs * 2 * 8 + 260 * 32  # a score and a weighted value; the last logits
+        assert row["prefill_floor_seconds"] * speed["multiply_adds_a_second"] == pytest.approx(products)
+    full, *small = zip(*([cache["floor_ms"] for cache in row["caches"]] for row in speed["lengths"]))
+    assert full[0] < full[1] < full[2]
+    most = speed["lengths"][1]["caches"][0]["floor_ms"]  # all 200 tokens: more than either budget may ever read
+    assert all(max(floors) < most for floors in small)
+
+
+def test_speed_times_the_selection_that_is_really_made(world):
+    """Guards against stages that are not CompilerKV's, and a decoder that leaves its tokens in the cache."""
+    model = load(world / "tiny.gguf", "float32")
+    tables, tokens = Tables.load(world / "t.npz", model), torch.arange(300).mul(7).remainder(256).tolist()
+    logits, cache, observation = model.prefill(tokens, MAX_WINDOW)
+    for budget in (64, 128, 400):
+        kept, small, seconds = evaluation.timed_compilerkv(observation, cache, budget, tables)
+        expected = select("compilerkv", observation, cache, budget, tables)
+        slots = [s[0] for s in small.slots]  # (1, G, S_l) -> (G, S_l)
+        assert len(kept) == 2 and all(map(torch.equal, kept, expected)) and all(map(torch.equal, slots, expected))
+        assert len(seconds) == len(evaluation.STAGES) and (seconds > 0).all()
+    before, nll = cache.mark(), model.nll(cache, logits, tokens[:20])
+    evaluation.decode_ms(model, cache, logits.argmax().view(1, 1))
+    assert cache.length == before[0] and torch.equal(cache.next_position, before[1]) and cache.nbytes == 300 * 256
+    assert torch.equal(model.nll(cache, logits, tokens[:20]), nll)
+
+
+@pytest.mark.parametrize("other", ["--ablate", "--full", "--quick", "--limit=3"])
+def test_speed_excludes_what_chooses_records(world, tmp_path, capsys, other):
+    """Guards against an option that is silently ignored."""
+    [line] = refused(evaluate, world, tmp_path / "out.npz", ["--speed", other], capsys)
+    assert line.startswith("error: --speed") and other.split("=")[0] in line
