@@ -305,10 +305,10 @@ def roll_out(model, sample, name, jobs):
         which.append(hash(tuple(k.numpy().tobytes() for k in kept)))
         if which[-1] not in caches:
             caches[which[-1]] = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
-    losses, rows = [], list(caches.values())
-    for i in range(0, len(rows), ROWS):
-        losses += model.nll(KVCache.stack(rows[i:i + ROWS]), sample.logits, sample.continuation).tolist()
-    loss_of = dict(zip(caches, losses))
+    keys, loss_of = sorted(caches, key=lambda key: sum(caches[key].length)), {}  # caches of like size pad each other least
+    for i in range(0, len(keys), ROWS):
+        batch = KVCache.stack([caches[key] for key in keys[i:i + ROWS]])
+        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation).tolist())
     return np.array([loss_of[key] for key in which])
 
 
