@@ -705,7 +705,7 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
 
 SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a string: another policy
     "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
-    "W = 1, no gate": {"W": False, "gate": "none"},
+    "smaller budget": {"gate": "smaller"}, "W = 1, no gate": {"W": False, "gate": "none"},
     "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"}, "mean of the queries": {"queries": "mean"},
     "one set a layer": {"shared": True}, "no value norm": {"norm": False}, "sinks not protected": {"sinks": 0},
     "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8}, "window 32": {"window": 32},
@@ -714,7 +714,8 @@ SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a 
     "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
 PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "SnapKV, kernel 31"), ("CompilerKV", "AdaKV"), ("CompilerKV", "W = 1"),
-         ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"), ("CompilerKV", "constant tau"), ("CompilerKV", "paper grid"))
+         ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"), ("CompilerKV", "constant tau"),
+         ("CompilerKV", "smaller budget"), ("CompilerKV", "paper grid"))
 
 
 def row_kept(name, observation, cache, budget, tables):
@@ -736,6 +737,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
         b = int(np.abs(np.log(tables.budgets / budget)).argmin())
         check = tables.provenance["evidence"]["compilerkv"]["check"][str(tables.budgets[b])]
         tau = torch.full_like(tau, check["constant_tau"] if gate == "constant" else 0.0)
+        budget = max(round(check["kept_mean"]), ckv.MIN_BUDGET) if gate == "smaller" else budget  # what the gate left on held-out prompts
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \

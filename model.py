@@ -245,8 +245,8 @@ class Model:
         for l, block in enumerate(self.blocks):
             qkv = F.linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
             qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
-            q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
+            q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
             first = cache.length[l] == 0
             cache.append(l, k, v, positions)
             keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
