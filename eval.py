@@ -1,4 +1,4 @@
-"""Evaluate every policy at every budget: `python eval.py` (a sample, 20 minutes), `--full` (all records, an hour).
+"""Evaluate every policy at every budget: `python eval.py` (a sample, 16 minutes), `--full` (all records, two hours).
 
 Records that share a context share its prefill. They are judged under two protocols that are never mixed:
     query-aware     the whole prompt, question included, is prefilled, then compressed (the question is in the window)
@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 DEFAULT_DATA, DEFAULT_TABLES = HERE / "data" / "mini_longbench", HERE / "tables" / "smollm2-135m.npz"
 BUDGETS = (128, 512)
 PROTOCOLS = ("query-aware", "query-agnostic")
-SAMPLE = 12            # records a task without --full: a multiple of the records that share a context
+SAMPLE = 6             # records a task without --full: a multiple of the records that share a context
 RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interval
 PROMPT_SHARE = 7500 / 8192  # of the model's context: longer prompts lose their middle, as LongBench cuts for 8k models
 GOLD = 64              # tokens of the gold answer whose loss is measured, at most
@@ -1016,7 +1016,7 @@ def parse(argv):
     parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
     parser.add_argument("--budgets", help="comma-separated tokens kept a layer")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
-    parser.add_argument("--full", action="store_true", help="all records (an hour on the mini-LongBench)")
+    parser.add_argument("--full", action="store_true", help="all records (two hours on the mini-LongBench)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
     parser.add_argument("--speed", action="store_true", help="what compression costs and buys in seconds and bytes (a few minutes)")
