@@ -1,4 +1,4 @@
-"""Evaluate every policy at every budget: `python eval.py` (a sample, 16 minutes), `--full` (all records, two hours).
+"""Evaluate every policy at every budget: `python eval.py` (a sample), `--full` (all records).
 
 Records that share a context share its prefill. They are judged under two protocols that are never mixed:
     query-aware     the whole prompt, question included, is prefilled, then compressed (the question is in the window)
@@ -1016,7 +1016,7 @@ def parse(argv):
     parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
     parser.add_argument("--budgets", help="comma-separated tokens kept a layer")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
-    parser.add_argument("--full", action="store_true", help="all records (two hours on the mini-LongBench)")
+    parser.add_argument("--full", action="store_true", help="all records (the mini-LongBench has 480)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
     parser.add_argument("--speed", action="store_true", help="what compression costs and buys in seconds and bytes (a few minutes)")

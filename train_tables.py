@@ -259,6 +259,11 @@ def risk_bins(samples, edges):
     return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk, edges)) for sample in samples]
 
 
+def protected_scores(sample, name, rule, W, budget, n_sets):
+    """What the gate compares with tau under W (L, H): (L, n_sets, T), infinite on protected tokens."""
+    return ckv.protect(ckv.head_score(sample.pooled(name, rule), torch.from_numpy(W).float(), n_sets), budget, rule[0])
+
+
 def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
     """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs. Also which states were seen (20, 4).
 
@@ -274,7 +279,7 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
         gained = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), len(grid))
         excess = []
         for b, budget in enumerate(budgets):
-            s = ckv.protect(ckv.head_score(sample.pooled(name, rules[b]), torch.from_numpy(W[b]).float(), n_sets), budget, rules[b][0])
+            s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
             candidates = np.array([float((s >= tau).sum()) for tau in grid]) / (L * n_sets)  # tokens a layer
             excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])
         rewards.append(gained - np.stack(excess))
@@ -299,10 +304,11 @@ def roll_out(model, sample, name, jobs):
     Jobs that keep the same tokens share a roll-out.
     """
     G, which, caches = model.config.n_kv_head, [], {}
+    pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
         W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
-        kept = ckv.kept_tokens(sample.pooled(name, rule), W, tau, budget, rule[0], sets_of(name, model.config))
-        which.append(hash(tuple(k.numpy().tobytes() for k in kept)))
+        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], sets_of(name, model.config))
+        which.append(tuple(k.numpy().tobytes() for k in kept))
         if which[-1] not in caches:
             caches[which[-1]] = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
     keys, loss_of = sorted(caches, key=lambda key: sum(caches[key].length)), {}  # caches of like size pad each other least
@@ -329,8 +335,7 @@ def choose(model, samples, name, budgets, actions, job_of, progress, cautious=Fa
 
 def halves(samples):
     """Two halves of the corpus, each with every kind and layout: to learn from, and to decide on."""
-    parts = [s for i, s in enumerate(samples) if i // KINDS % 2 == 0], [s for i, s in enumerate(samples) if i // KINDS % 2]
-    return parts
+    return [s for i, s in enumerate(samples) if i // KINDS % 2 == 0], [s for i, s in enumerate(samples) if i // KINDS % 2]
 
 
 def compile_tables(model, samples, name, budgets, seed, say):
@@ -388,12 +393,13 @@ def check(model, samples, name, rules, W, T, edges, budgets, progress):
     for b, budget in enumerate(budgets):
         losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
         for sample, (e, p) in zip(samples, bins):
-            tau, w = T[b, :, e, p], torch.from_numpy(W[b]).float()
+            tau = T[b, :, e, p]  # (L,)
             jobs = [(rules[b], np.ones_like(W[b]), all_pass, budget), (rules[b], W[b], all_pass, budget), (rules[b], W[b], tau, budget)]
             losses.append(roll_out(model, sample, name, jobs) - sample.loss_full)
-            scores = ckv.protect(ckv.head_score(sample.pooled(name, rules[b]), w, n_sets), budget, rules[b][0])
-            sizes.append(((scores >= torch.from_numpy(tau).float()[:, None, None]).sum((1, 2)) / n_sets).clamp(max=budget).numpy())
-            constant.append([float(((scores >= x).sum((1, 2)) / n_sets).clamp(max=budget).mean()) for x in LEVELS])
+            scores = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
+            size = lambda tau: ((scores >= tau).sum((1, 2)) / n_sets).clamp(max=budget)  # (L,) tokens kept
+            sizes.append(size(torch.from_numpy(tau).float()[:, None, None]).numpy())
+            constant.append([float(size(x).mean()) for x in LEVELS])
             progress.update(len(jobs))
         mean, sizes = np.mean(losses, 0).round(4).tolist(), np.array(sizes)  # (3,), (P, L)
         rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
