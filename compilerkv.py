@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, Observation, UserError
 
@@ -142,9 +143,7 @@ def top(s, budget):
 
 def positions_of(chosen):
     """Positions of the True entries of each row, sorted, padded with -1: (n_sets, T) bool -> (n_sets, most of any row)."""
-    n = chosen.sum(-1, keepdim=True)  # (n_sets, 1)
-    order = (~chosen).sort(dim=-1, stable=True).indices[:, :int(n.max())]  # chosen ones first, in their order
-    return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= n, -1)
+    return pad_sequence([row.nonzero()[:, 0] for row in chosen], batch_first=True, padding_value=-1)
 
 
 def gate(s, tau, budget):
@@ -335,20 +334,22 @@ def select(policy, observation, cache, budget, tables=None):
     return POLICIES[policy](observation, cache, budget, tables)
 
 
-def evict(cache, kept):
-    """A new cache of the kept slots only. cache: a batch of one as prefill made it, slot t = position t; kept: L x (G, S_l).
+def evict(cache, *kept):
+    """A new cache of the kept slots only, one row for each kept set, L x (G, S_l).
 
-    Where a KV head keeps fewer than S_l tokens, its last slots are padding (position -1): no query sees them.
+    cache: a batch of one as prefill made it, slot t = position t. Where a KV head keeps fewer tokens than another of its
+    layer, in any row, its last slots are padding (position -1): no query sees them.
     """
     k, v, slots = [], [], []
-    for l, positions in enumerate(kept):
-        keys, values, _ = cache.layer(l)  # (1, G, T, D)
-        positions = positions.to(keys.device)[None]  # (G, S) -> (1, G, S)
-        index = positions.clamp(min=0)[..., None].expand(-1, -1, -1, keys.shape[3])  # -> (1, G, S, D)
-        k.append(keys.gather(2, index))
-        v.append(values.gather(2, index))
-        slots.append(positions.clone())
-    return KVCache(k, v, slots, cache.next_position)
+    for l, sets in enumerate(zip(*kept)):  # of one layer: a (G, S_l) for each row
+        G, C = cache.k[l].shape[1:3]
+        positions = pad_sequence([s.T for s in sets], batch_first=True, padding_value=-1)  # (rows, S, G)
+        positions = positions.transpose(1, 2).contiguous().to(cache.k[l].device)  # -> (rows, G, S)
+        index = positions.clamp(min=0) + C * torch.arange(G, device=positions.device)[:, None]  # into (G C, D), the flat cache
+        k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # -> (rows, G, S, D)
+        v.append(F.embedding(index, cache.v[l].flatten(0, 2)))
+        slots.append(positions)
+    return KVCache(k, v, slots, cache.next_position.expand(len(kept)))
 
 
 # --------------------------------------------------------------------------------------------------- compiled tables

@@ -294,13 +294,13 @@ def compress(policies, budgets, observation, cache, tables):
     parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
     for policy, budget in itertools.product(policies, budgets):
         start = time.perf_counter()
-        small = ckv.evict(cache, ckv.select(policy, observation, cache, budget, tables))
+        kept = ckv.select(policy, observation, cache, budget, tables)
         seconds, most = time.perf_counter() - start, min(budget, observation.n_tokens)
-        gated = float(np.mean([(s >= 0).sum().item() < s.shape[1] * most for s in small.slots]))
-        jobs, caches = parts[max(small.length) > widest]
+        gated = float(np.mean([(k >= 0).sum().item() < k.shape[0] * most for k in kept]))
+        jobs, sets = parts[max(k.shape[1] for k in kept) > widest]
         jobs.append((policy, budget, gated, seconds))
-        caches.append(small)
-    return [(jobs, KVCache.stack(caches)) for jobs, caches in parts.values() if jobs]
+        sets.append(kept)
+    return [(jobs, ckv.evict(cache, *sets)) for jobs, sets in parts.values() if jobs]
 
 
 def write_answer(model, record, cache, logits):
@@ -762,7 +762,7 @@ def ablate(model, work, args, tables):
             observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
             losses, sizes = [], []
             for name in SWITCHES:
-                batch = KVCache.stack([ckv.evict(cache, row_kept(name, observation, cache, budget, tables)) for budget in args.budgets])
+                batch = ckv.evict(cache, *(row_kept(name, observation, cache, budget, tables) for budget in args.budgets))
                 losses.append(model.nll(batch, logits, prompt.gold) - full)
                 sizes.append(batch.kept() / entries)
             dnll.append(torch.stack(losses))  # (rows, budgets)
@@ -908,9 +908,10 @@ def measure_length(model, tokens, budgets, tables):
 
 def roll_outs(model, continuation, logits, cache, observation):
     """How many roll-outs of the continuation a second one batch makes. SnapKV chooses: every KV head keeps exactly as many."""
-    small = ckv.evict(cache, ckv.select("snapkv", observation, cache, ROLL_KEPT))
-    (seconds,), _ = fastest(ROUNDS, model.device, lambda: model.nll(KVCache.stack([small] * ROLL_OUTS), logits, continuation))
-    return {"n_tokens": observation.n_tokens, "kept": small.length[0], "a_second": ROLL_OUTS / seconds}
+    kept = ckv.select("snapkv", observation, cache, ROLL_KEPT)
+    work = lambda: model.nll(ckv.evict(cache, *[kept] * ROLL_OUTS), logits, continuation)
+    (seconds,), _ = fastest(ROUNDS, model.device, work)
+    return {"n_tokens": observation.n_tokens, "kept": kept[0].shape[1], "a_second": ROLL_OUTS / seconds}
 
 
 def measure_speed(model, records, budgets, tables):

@@ -69,22 +69,6 @@ class KVCache:
         slots = [torch.empty(1, config.n_kv_head, 0, dtype=torch.int64, device=device)] * config.n_layer
         return cls(kv, kv, slots, torch.zeros(1, dtype=torch.int64, device=device))
 
-    @classmethod
-    def stack(cls, caches):
-        """Join caches along the batch. Rows that kept fewer slots are padded with slots of position -1."""
-        def pad(parts, fill):  # each (B_i, G, S_i, ...) -> (sum of B_i, G, max S_i + spare, ...)
-            size, n = max(part.shape[2] for part in parts) + SPARE_SLOTS, sum(map(len, parts))
-            out, end = parts[0].new_full((n, parts[0].shape[1], size, *parts[0].shape[3:]), fill), 0
-            for part in parts:
-                start, end = end, end + len(part)
-                out[start:end, :, :part.shape[2]] = part
-            return out
-
-        layers = [list(zip(*(cache.layer(l) for cache in caches))) for l in range(len(caches[0].k))]
-        return cls([pad(k, 0) for k, _, _ in layers], [pad(v, 0) for _, v, _ in layers],
-                   [pad(s, -1) for _, _, s in layers], torch.cat([cache.next_position for cache in caches]),
-                   [max(part.shape[2] for part in s) for _, _, s in layers])
-
     def rows(self, index):
         """A new cache of these rows of the batch, (B,) -> (len(index),)."""
         k, v, slots = ([x[index] for x in part] for part in (self.k, self.v, self.slots))
@@ -99,9 +83,9 @@ class KVCache:
         """Write n new slots, k and v (B, G, n, D) at positions (B, n), behind those in use of layer l."""
         start, end = self.length[l], self.length[l] + k.shape[2]
         if end > self.k[l].shape[2]:
-            room = (0, end + SPARE_SLOTS - self.k[l].shape[2])
-            self.k[l], self.v[l] = (F.pad(x[l], (0, 0, *room)) for x in (self.k, self.v))
-            self.slots[l] = F.pad(self.slots[l], room, value=-1)
+            more = end + SPARE_SLOTS - self.k[l].shape[2]
+            for part in (self.k, self.v, self.slots):  # (B, G, C, ...) -> (B, G, C + more, ...)
+                part[l] = torch.cat((part[l], part[l].new_empty(*part[l].shape[:2], more, *part[l].shape[3:])), dim=2)
         self.k[l][:, :, start:end] = k
         self.v[l][:, :, start:end] = v
         self.slots[l][:, :, start:end] = positions[:, None]  # (B, n) -> (B, G, n)
@@ -343,19 +327,6 @@ class Model:
         return answers
 
 
-def random_model(config, seed, dtype=torch.float32):
-    """A tiny untrained model of any shape, for tests that need no weights."""
-    g = torch.Generator().manual_seed(seed)
-    c, draw = config, lambda *shape: torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
-    ones = torch.ones(c.n_embd)
-    blocks = [Block(ones, draw((c.n_head + 2 * c.n_kv_head) * c.head_dim, c.n_embd) * 2,
-                    draw(c.n_embd, c.n_head * c.head_dim), ones, draw(2 * c.n_ff, c.n_embd), draw(c.n_embd, c.n_ff))
-              for _ in range(c.n_layer)]
-    blocks = [Block(*(w.to(dtype) for w in vars(b).values())) for b in blocks]
-    embedding = draw(c.vocab_size, c.n_embd).to(dtype)
-    return Model(c, embedding, blocks, ones.to(dtype), embedding, rope_frequencies(c), f"random-{seed}", name="random")
-
-
 def rope_frequencies(config, factors=1.0):
     """Angle in radians that one position turns each pair of dimensions: base^(-2i/D) / factor, (D/2,)."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
@@ -495,11 +466,8 @@ def load(path=None, dtype=None, device="cpu"):
                           meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.chat_template"),
                           meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"],
                           meta.get("tokenizer.ggml.add_bos_token", False))
-    with open(path, "rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-            else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
-    return Model(config, embedding, blocks, norm, head, rope_frequencies(config, factors).to(device), fingerprint,
-                 tokenizer, meta.get("general.name", path.stem))
+    return Model(config, embedding, blocks, norm, head, rope_frequencies(config, factors).to(device),
+                 hashlib.sha256(path.read_bytes()).hexdigest(), tokenizer, meta.get("general.name", path.stem))
 
 
 def read_config(path, meta):

@@ -303,17 +303,16 @@ def roll_out(model, sample, name, jobs):
 
     Jobs that keep the same tokens share a roll-out.
     """
-    G, which, caches = model.config.n_kv_head, [], {}
+    G, which, sets = model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
         W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
         kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], sets_of(name, model.config))
         which.append(tuple(k.numpy().tobytes() for k in kept))
-        if which[-1] not in caches:
-            caches[which[-1]] = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
-    keys, loss_of = sorted(caches, key=lambda key: sum(caches[key].length)), {}  # caches of like size pad each other least
+        sets[which[-1]] = [k.expand(G, -1) for k in kept]
+    keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
     for i in range(0, len(keys), ROWS):
-        batch = KVCache.stack([caches[key] for key in keys[i:i + ROWS]])
+        batch = ckv.evict(sample.cache, *(sets[key] for key in keys[i:i + ROWS]))
         loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation).tolist())
     return np.array([loss_of[key] for key in which])
 

@@ -1,10 +1,13 @@
 """What several test files share: a writer of tiny GGUF files, the real vocabulary if it is there, one-line errors."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
+import torch
 
-from model import CONTROL, Config, Tokenizer, UserError, byte_alphabet, default_path
+from model import CONTROL, Block, Config, Model, Tokenizer, UserError, byte_alphabet, default_path, rope_frequencies
 
 TINY = Config(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, n_ff=24, vocab_size=260, context_length=128,
               rope_base=5000.0, norm_eps=1e-6)
@@ -21,6 +24,19 @@ def positions(runs):
     """Numbers written as runs, "0-3 7" -> [0, 1, 2, 3, 7]."""
     ends = [run.split("-") for run in runs.split()]
     return [n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)]
+
+
+def random_model(config, seed, dtype=torch.float32):
+    """A tiny untrained model of any shape, for tests that need no weights."""
+    g = torch.Generator().manual_seed(seed)
+    c, draw = config, lambda *shape: torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
+    ones = torch.ones(c.n_embd)
+    blocks = [Block(ones, draw((c.n_head + 2 * c.n_kv_head) * c.head_dim, c.n_embd) * 2,
+                    draw(c.n_embd, c.n_head * c.head_dim), ones, draw(2 * c.n_ff, c.n_embd), draw(c.n_embd, c.n_ff))
+              for _ in range(c.n_layer)]
+    blocks = [Block(*(w.to(dtype) for w in vars(b).values())) for b in blocks]
+    embedding = draw(c.vocab_size, c.n_embd).to(dtype)
+    return Model(c, embedding, blocks, ones.to(dtype), embedding, rope_frequencies(c), f"random-{seed}", name="random")
 
 
 # ------------------------------------------------------------------------------------------------------ weights files

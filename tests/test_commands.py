@@ -19,8 +19,8 @@ import eval as evaluation
 import train_tables
 from compilerkv import MAX_WINDOW, MIN_BUDGET, POLICIES, Tables, select
 from eval import PROTOCOLS
-from helpers import gguf_meta, gguf_tensors, write_gguf
-from model import INSTALL, Config, load, random_model
+from helpers import gguf_meta, gguf_tensors, random_model, write_gguf
+from model import INSTALL, Config, load
 
 torch.set_num_threads(1)
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 
 from compilerkv import evict
-from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, real_tokenizer, write_gguf
+from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
 from model import (QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, byte_alphabet, default_path,
-                   load, random_model, rope_frequencies)
+                   load, rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
@@ -162,6 +162,22 @@ def test_many_questions_can_follow_one_context():
 
 
 @properties
+@given(T=st.integers(2, 30), n=st.integers(1, 8), seed=seeds)
+@example(T=20, n=QUERY_BLOCK + 5, seed=0)
+def test_attention_in_blocks_equals_the_plain_one_behind_padding(T, n, seed):
+    """Guards against an observed pass that sees padding, or a later token, or another number than the pass that decodes."""
+    _, cache, _ = MODEL.prefill(random_tokens(T, seed), window=1)
+    cache, ids = masked(cache, random_kept(T, seed)), torch.tensor([random_tokens(n, seed + 1)])
+    mark = cache.mark()
+    plain = MODEL.forward(ids, cache)[0]
+    cache.rewind(mark)
+    blocks, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
+    assert close(blocks, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
+    hidden = torch.stack([layer[0, :, :T] < 0 for layer in cache.slots]).repeat_interleave(H // G, 1)  # (L, H, T)
+    assert not summed[..., :T][hidden].any()
+
+
+@properties
 @given(T=st.integers(1, 12), n=st.integers(1, 12), seed=seeds)
 def test_token_by_token_equals_one_forward(T, n, seed):
     """Guards against a cache that feeds decoding other keys, values or positions than prefill would."""
@@ -271,7 +287,7 @@ def test_nbytes_is_exact_arithmetic_at_the_stored_heads(dtype, itemsize):
     for cut, kept in zip(cuts, kepts):
         assert cut.nbytes == 2 * G * sum(positions.shape[1] for positions in kept) * D * itemsize
         assert [k.shape[2] for k in cut.k] == [positions.shape[1] for positions in kept]
-    batch = KVCache.stack(cuts)
+    batch = evict(cache, *kepts)
     assert batch.nbytes == sum(cut.nbytes for cut in cuts)
     assert batch.kept().tolist() == [int(cut.kept()) for cut in cuts]
     model.decode(batch, logits, max_new=4, stop={CONFIG.vocab_size})  # writes 3 tokens: nobody needs the fourth's slot
@@ -287,7 +303,7 @@ def test_a_ragged_batch_equals_its_rows_one_by_one(T, B, seed):
     logits, cache, _ = MODEL.prefill(random_tokens(T, seed), window=1)
     kepts = [random_kept(T, seed + row) for row in range(B)]
     continuation = random_tokens(5, seed)
-    batch = KVCache.stack([evict(cache, kept) for kept in kepts])
+    batch = evict(cache, *kepts)
     alone = torch.cat([MODEL.nll(evict(cache, kept), logits, continuation) for kept in kepts])
     assert close(MODEL.nll(batch, logits, continuation), alone)
     out = MODEL.decode(batch, logits, max_new=12, stop={3, 4})
@@ -320,12 +336,12 @@ def test_nll_hands_the_cache_back_as_it_found_it():
 def test_decode_stops_before_the_stop_token():
     """Guards against an answer that holds its stop token, runs past it, or ends with the first row that stops."""
     logits, cache, _ = MODEL.prefill(random_tokens(20, seed=20), window=3)
-    rows = [evict(cache, random_kept(20, seed)) for seed in (21, 22, 23, 24)]
-    free = [MODEL.decode(copy.deepcopy(row), logits, 30, stop={CONFIG.vocab_size})[0] for row in rows]
+    rows = [random_kept(20, seed) for seed in (21, 22, 23, 24)]
+    free = [MODEL.decode(evict(cache, row), logits, 30, stop={CONFIG.vocab_size})[0] for row in rows]
     stop = next(token for token in free[0][3:] if token != logits.argmax())  # all rows share their first token
     expected = [out[:out.index(stop)] if stop in out else out for out in free]
     assert len(set(map(len, expected))) > 1
-    assert MODEL.decode(KVCache.stack(rows), logits, 30, stop={stop}) == expected
+    assert MODEL.decode(evict(cache, *rows), logits, 30, stop={stop}) == expected
     assert MODEL.decode(cache, logits, 30, stop={int(logits.argmax()), stop}) == [[]]
 
 
@@ -333,20 +349,20 @@ def test_decode_stops_before_the_stop_token():
 def test_decode_respects_max_new(max_new):
     """Guards against one token too many or too few."""
     logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
-    out = MODEL.decode(KVCache.stack([cache, cache]), logits, max_new, stop={CONFIG.vocab_size})
+    out = MODEL.decode(evict(cache, *[[torch.arange(9).expand(G, -1)] * L] * 2), logits, max_new, stop={CONFIG.vocab_size})
     assert [len(row) for row in out] == [max_new, max_new]
 
 
 def test_decode_of_no_tokens():
     """Guards against a crash where no new token was asked for."""
     logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
-    assert MODEL.decode(KVCache.stack([cache, cache]), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
+    assert MODEL.decode(evict(cache, *[[torch.arange(9).expand(G, -1)] * L] * 2), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
 
 
 def test_every_row_may_go_on_from_its_own_logits():
     """Guards against rows that all start with the first row's token, in the loss and in the answer."""
     logits, cache, _ = MODEL.prefill(random_tokens(12, seed=40), window=3)
-    batch = KVCache.stack([evict(cache, random_kept(12, seed)) for seed in (41, 42, 43)])
+    batch = evict(cache, *(random_kept(12, seed) for seed in (41, 42, 43)))
     question, continuation = random_tokens(4, seed=44), random_tokens(5, seed=45)
     hidden, _, _ = MODEL.forward(torch.tensor([question]).expand(3, -1), batch)
     rows = [batch.rows([i]) for i in range(3)]
@@ -359,12 +375,12 @@ def test_every_row_may_go_on_from_its_own_logits():
 def test_decode_ends_a_row_where_the_caller_says():
     """Guards against an answer that loses the token it ended with, and against rows that end together."""
     logits, cache, _ = MODEL.prefill(random_tokens(20, seed=20), window=3)
-    rows = [evict(cache, random_kept(20, seed)) for seed in range(50, 58)]
-    free = MODEL.decode(KVCache.stack(rows), logits, 20, stop={CONFIG.vocab_size})
+    rows = [random_kept(20, seed) for seed in range(50, 58)]
+    free = MODEL.decode(evict(cache, *rows), logits, 20, stop={CONFIG.vocab_size})
     ended = lambda ids: sum(ids) % 5 == 0
     expected = [row[:next((n for n in range(1, 20) if ended(row[:n])), 20)] for row in free]
     assert len(set(map(len, expected))) > 2
-    assert MODEL.decode(KVCache.stack(rows), logits, 20, stop={CONFIG.vocab_size}, ended=ended) == expected
+    assert MODEL.decode(evict(cache, *rows), logits, 20, stop={CONFIG.vocab_size}, ended=ended) == expected
 
 
 # ----------------------------------------------------------------------------------------------------- short and long

@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 import compilerkv as ckv
 import train_tables
-from model import Config, random_model
+from helpers import random_model
+from model import Config
 from test_compilerkv import G, H, L, random_prompt
 
 CONFIG = Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_ff=24, vocab_size=60, context_length=256)
