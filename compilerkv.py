@@ -5,8 +5,8 @@ risk, `evict` drops the rest. Every policy is a selector
 
     kept = selector(observation, cache, budget, tables)
 
-that returns, for each layer, the ORIGINAL positions of the tokens to keep as a sorted (G, S_l) tensor; a KV head that keeps
-fewer than S_l is padded with -1. On average over layers and KV heads at most `budget` are kept. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
+that returns for each layer the ORIGINAL positions to keep, sorted, (G, S_l); a KV head that keeps fewer is padded with -1. On
+average at most `budget` are kept. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
 """
 
 import io
@@ -23,8 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import KVCache, Observation, UserError
 
 SINKS = 4           # first tokens that are always kept: the attention sinks
-N_ENTROPY_BINS = 20  # risk bins of the gate, as in the paper
-N_PPL_BINS = 4
+N_ENTROPY_BINS, N_PPL_BINS = 20, 4  # risk bins of the gate, as in the paper
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,20 @@ def protect(s, budget, window):
     return s
 
 
-def top(s, budget):
-    """Positions of the `budget` highest scores of each row, sorted: (..., T) -> (..., min(budget, T)).
+def highest(s, n):
+    """Which n entries of each row score highest, (..., N) -> (..., N) bool, in O(N); all of them where n exceeds N.
 
-    Ties go to the earlier token, so that the choice is deterministic and a larger budget keeps a superset.
+    Ties go to the earlier entry, so that the choice is deterministic and a larger budget keeps a superset.
     """
-    return s.sort(dim=-1, descending=True, stable=True).indices[..., :budget].sort(dim=-1).values
+    n = min(n, s.shape[-1])
+    least = s.kthvalue(s.shape[-1] - n + 1, dim=-1, keepdim=True).values  # (..., 1) the lowest score that finds a place
+    above, ties = s > least, s == least
+    return above | ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True))
+
+
+def top(s, budget):
+    """Positions of the `budget` highest scores of each row, sorted: (..., T) -> (..., min(budget, T))."""
+    return highest(s, budget).nonzero()[:, -1].view(*s.shape[:-1], -1)
 
 
 def positions_of(chosen):
@@ -149,16 +156,12 @@ def positions_of(chosen):
 def gate(s, tau, budget):
     """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
 
-    s: (L, n_sets, T) with protected tokens at infinity; tau: (L,). The sets of a layer compete for its n_sets * budget
-    entries. Returns L position tensors as `positions_of` makes them. Fewer candidates than the budget stay fewer: padding
-    them up would make the gate a no-op.
+    s: (L, n_sets, T) with protected tokens at infinity; tau: (L,). The sets of a layer compete for its n_sets * budget entries.
+    Returns L tensors as of `positions_of`. Fewer candidates than the budget stay fewer: else the gate would do nothing.
     """
     L, n_sets, T = s.shape
     s = s.reshape(L, -1)  # -> (L, n_sets T)
-    n = (s >= tau[:, None]).sum(-1, keepdim=True).clamp(max=n_sets * budget)  # (L, 1) entries kept
-    rank = s.sort(dim=-1, descending=True, stable=True).indices  # ties go to the earlier token
-    among_top = torch.arange(s.shape[1], device=s.device) < n  # (L, n_sets T)
-    chosen = torch.zeros_like(among_top).scatter(1, rank, among_top).view(L, n_sets, T)
+    chosen = (highest(s, n_sets * budget) & (s >= tau[:, None])).view(L, n_sets, T)
     return [positions_of(layer) for layer in chosen]
 
 
@@ -169,8 +172,7 @@ def kept_tokens(u, W, tau, budget, window, n_sets):
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     """CompilerKV, end to end: three table look-ups and a clamp. Without tables W = 1, tau = 0 and the default rule."""
-    settings, L, H = SETTINGS[name], *observation.attention.shape[:2]
-    G = cache.k[0].shape[1]
+    settings, (L, H), G = SETTINGS[name], observation.attention.shape[:2], cache.k[0].shape[1]
     entropy, perplexity = risk(observation, MAX_WINDOW)  # refuses NaN, with tables or without
     (window, kernel), W, tau = settings.rules[0], torch.ones(L, H), torch.zeros(L)
     if tables is not None:
@@ -343,8 +345,7 @@ def evict(cache, *kept):
     k, v, slots = [], [], []
     for l, sets in enumerate(zip(*kept)):  # of one layer: a (G, S_l) for each row
         G, C = cache.k[l].shape[1:3]
-        positions = pad_sequence([s.T for s in sets], batch_first=True, padding_value=-1)  # (rows, S, G)
-        positions = positions.transpose(1, 2).contiguous().to(cache.k[l].device)  # -> (rows, G, S)
+        positions = pad_sequence([s.T for s in sets], True, -1).transpose(1, 2).contiguous().to(cache.k[l].device)  # (rows, G, S)
         index = positions.clamp(min=0) + C * torch.arange(G, device=positions.device)[:, None]  # into (G C, D), the flat cache
         k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # -> (rows, G, S, D)
         v.append(F.embedding(index, cache.v[l].flatten(0, 2)))
@@ -397,8 +398,7 @@ class Tables:
             names = {key.split("/")[0] for key in data if "/" in key}
             compiled = {name: Compiled(**{key.split("/")[1]: value for key, value in data.items()
                                           if key.startswith(name + "/")}) for name in sorted(names)}
-            tables = cls(data["budgets"], str(data["fingerprint"]), compiled, data["retrieval"],
-                         json.loads(str(data["provenance"])))
+            tables = cls(data["budgets"], str(data["fingerprint"]), compiled, data["retrieval"], json.loads(str(data["provenance"])))
         except FileNotFoundError:
             raise UserError(f"{path}: no such tables; compile them with `python train_tables.py`") from None
         except Exception as error:  # zipfile and numpy raise a dozen kinds on a damaged file
