@@ -158,20 +158,22 @@ def rms_norm(x, weight, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, heads, n, D): dimension i is paired with i + D/2; cos and sin are (B, 1, n, D)."""
+    """Rotary embedding of x (B, heads, n, D): dimension i is paired with i + D/2.
+
+    cos, sin (B, 1, n, D) hold each angle twice, the first half of sin negated: a cos - b sin, then b cos + a sin.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def visible(slots, positions):
-    """Which slots each query may see: slots (B, G, S), query positions (B, n) -> (B, G, n, S) bool."""
-    return (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])
-
-
 def attend(q, k, v, slots, positions):
-    """Attention of q (B, H, n, D) on cached k, v (B, G, S, D) -> (B, H, n, D); K and V are not repeated to H heads."""
+    """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
+
+    K and V are not repeated to H heads.
+    """
     B, H, n, D = q.shape
     G = k.shape[1]
-    mask = visible(slots, positions)[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
+    visible = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
+    mask = visible[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
     return y.view(B, H, n, D)
 
@@ -230,8 +232,8 @@ class Model:
             raise UserError(f"{int(positions.max()) + 1} tokens do not fit into the model's context of "
                             f"{c.context_length}: shorten the prompt or the answer")
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
-        cos, sin = (torch.cat(pair, -1).to(self.dtype)  # (B, 1, n, D): a cos - b sin, and b cos + a sin
-                    for pair in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
         prompt, attention, summed = cache.length[0] == 0, [], []
         x = self.embedding[tokens]  # (B, n, E)
         for l, block in enumerate(self.blocks):

@@ -91,6 +91,11 @@ def random_kept(T, seed, ragged=True):
     return [torch.stack([torch.randperm(T, generator=g)[:size].sort().values for _ in range(G)]) for size in sizes]
 
 
+def all_kept(T):
+    """The kept set that leaves out nothing."""
+    return [torch.arange(T).expand(G, -1)] * L
+
+
 def masked(cache, kept):
     """A copy of the cache that still holds every slot, those not kept hidden by position -1."""
     out = copy.deepcopy(cache)
@@ -257,7 +262,7 @@ def test_keeping_everything_equals_the_full_cache_bit_for_bit():
     T = 33
     tokens, continuation = random_tokens(T, seed=7), random_tokens(9, seed=8)
     logits, cache, _ = MODEL.prefill(tokens, window=1)
-    same = evict(cache, [torch.arange(T).expand(G, -1)] * L)
+    same = evict(cache, all_kept(T))
     assert torch.equal(MODEL.nll(cache, logits, continuation), MODEL.nll(same, logits, continuation))
     for token in continuation:
         assert torch.equal(step(MODEL, cache, token), step(MODEL, same, token))
@@ -349,14 +354,14 @@ def test_decode_stops_before_the_stop_token():
 def test_decode_respects_max_new(max_new):
     """Guards against one token too many or too few."""
     logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
-    out = MODEL.decode(evict(cache, *[[torch.arange(9).expand(G, -1)] * L] * 2), logits, max_new, stop={CONFIG.vocab_size})
+    out = MODEL.decode(evict(cache, *[all_kept(9)] * 2), logits, max_new, stop={CONFIG.vocab_size})
     assert [len(row) for row in out] == [max_new, max_new]
 
 
 def test_decode_of_no_tokens():
     """Guards against a crash where no new token was asked for."""
     logits, cache, _ = MODEL.prefill(random_tokens(9, seed=25), window=3)
-    assert MODEL.decode(evict(cache, *[[torch.arange(9).expand(G, -1)] * L] * 2), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
+    assert MODEL.decode(evict(cache, *[all_kept(9)] * 2), logits, 0, stop={CONFIG.vocab_size}) == [[], []]
 
 
 def test_every_row_may_go_on_from_its_own_logits():
