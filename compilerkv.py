@@ -35,13 +35,14 @@ class Settings:
     rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
+    penalty: float   # nats that the gate pays for a context full of candidates beyond the budget
 
 
 PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
-                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()))
+                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
 # Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 819.
 OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (32, 31), (32, 45)),
-                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()))
+                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.1)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
 MAX_WINDOW = max(w for s in SETTINGS.values() for w, _ in s.rules)  # what prefill must observe to serve every policy

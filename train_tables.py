@@ -4,11 +4,12 @@
    really needs: mass[l,g,t], the most attention that any of its queries pays, times value length, summed over the query heads.
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
-3. Heads, from two rewards. The share: in state (budget, layer, head), W_head takes one of the grid's values while all other
-   heads are 1, and the reward is the share of the layer's mass that the kept set keeps; one pass serves every action. The
-   loss: random tables are rolled out for real, and every head of a table shares its reward.
-4. Let the loss decide. Prompts that took no part in the learning are rolled out under both tables, at two strengths each,
-   and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error.
+3. Heads, from two rewards, on each half of the corpus. The share: in state (budget, layer, head), W_head takes one of the
+   grid's values while all other heads are 1, and the reward is the share of the layer's mass that the kept set keeps; one pass
+   serves every action. The loss: random tables are rolled out for real, and every head of a table shares its reward.
+4. Let the loss decide. Every prompt is rolled out under the tables that the other half of the corpus made, at several strengths,
+   and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error. What ships is
+   the geometric mean of the tables of the two halves.
 5. Gate, given the heads. In state (budget, entropy bin, perplexity bin), T_gate takes a threshold; the reward is the paper's,
    of real roll-outs: the loss, and the penalty for candidates beyond the budget.
    The heads are learned at the full budget: under a gate, a head would be paid for the tokens that a larger W adds.
@@ -37,8 +38,11 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-TABLES = 24             # random tables that every learning prompt rolls out for each budget, half of them mirror images
-STRENGTHS = (0.5, 1.0)  # exponents of a learned W_head among which real roll-outs decide
+TABLES = 24             # random tables that every prompt rolls out for each budget, half of them mirror images
+SPREAD = 0.8            # by how much a random table moves log W_head, up or down
+NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
+SHARE_POWERS = (0.5, 1.0)      # strengths among which real roll-outs decide: exponents of the table learned from the share,
+LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of the table learned from the loss
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `check` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
@@ -188,26 +192,28 @@ def learn_heads(samples, name, rules, budgets, n_layer, n_head):
 
 
 def perturb_heads(model, samples, name, rules, budgets, rng, progress):
-    """W_head (budgets, L, H) from the loss of random tables, as in the paper: all heads of a table share its reward.
+    """The direction (L, H) in which log W_head should go, one for all budgets, from the loss of random tables, as in the paper.
 
-    A table multiplies or divides the weight of each KV head's query heads by e^s, s being 0.4 of the grid's log range; its
-    mirror image does the opposite, and each prompt's rewards are counted from their mean. log W_head is s times the
-    difference of the mean rewards of the two actions, in standard deviations over heads, within the grid.
+    A table multiplies or divides the weight of each KV head's query heads by e^SPREAD, its mirror image does the opposite, and
+    all heads of a table share its reward. A prompt's rewards at one budget are counted from their mean, in standard deviations,
+    so that no prompt outvotes the others. A head's step is the difference of its two actions' mean rewards; only ratios
+    within a layer act, so the steps of a layer have mean 0. Their standard deviation over heads is 1.
     """
-    (L, H, G), grid = (model.config.n_layer, model.config.n_head, model.config.n_kv_head), ckv.SETTINGS[name].W_grid
-    s, states = 0.4 * np.log(grid[-1]), np.tile(np.arange(L * G), TABLES)
-    bandits = [EpsilonGreedy(L * G, 2) for _ in budgets]
-    by_head = lambda log_W: np.exp(log_W).reshape(L, G).repeat(H // G, axis=1)  # (L G,) -> (L, H)
+    L, H, G = model.config.n_layer, model.config.n_head, model.config.n_kv_head
+    bandit, states = EpsilonGreedy(L * G, 2), np.tile(np.arange(L * G), TABLES)
+    by_head = lambda x: x.reshape(L, G).repeat(H // G, axis=1)  # (L G,) -> (L, H)
     for sample in samples:
-        up = rng.integers(2, size=(TABLES // 2, L * G))
-        up = np.concatenate((up, 1 - up))  # (TABLES, L G): 1 multiplies, 0 divides
-        jobs = [(rules[b], by_head(s * (2 * row - 1)), np.zeros(L), budget) for b, budget in enumerate(budgets) for row in up]
+        up = rng.integers(2, size=(len(budgets), TABLES // 2, L * G))
+        up = np.concatenate((up, 1 - up), axis=1)  # (budgets, TABLES, L G): 1 multiplies, 0 divides
+        jobs = [(rules[b], by_head(np.exp(SPREAD * (2 * row - 1))), np.zeros(L), budget) for b, budget in enumerate(budgets) for row in up[b]]
         rewards = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), TABLES)
-        for bandit, r in zip(bandits, rewards - rewards.mean(1, keepdims=True)):
-            bandit.update(states, up.ravel(), r.repeat(L * G))
+        rewards = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + NOISE)
+        for actions, r in zip(up, rewards):
+            bandit.update(states, actions.ravel(), r.repeat(L * G))
         progress.update(rewards.size)
-    gains = [bandit.values()[:, 1] - bandit.values()[:, 0] for bandit in bandits]
-    return np.stack([by_head(s * gain / (gain.std() + 1e-12)).clip(grid[0], grid[-1]) for gain in gains])
+    gain = (bandit.values()[:, 1] - bandit.values()[:, 0]).reshape(L, G)
+    gain -= gain.mean(1, keepdims=True)
+    return by_head(gain / (gain.std() + 1e-12))
 
 
 def compare_learners(log, held_out, seed):
@@ -282,7 +288,7 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
             candidates = np.array([float((s >= tau).sum()) for tau in grid]) / (L * n_sets)  # tokens a layer
             excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])
-        rewards.append(gained - np.stack(excess))
+        rewards.append(gained - settings.penalty * np.stack(excess))
         progress.update(gained.size)
     T, a = np.empty((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)), np.arange(len(grid))
     for b in range(len(budgets)):
@@ -320,65 +326,75 @@ def roll_out(model, sample, name, jobs):
 def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False):
     """For each budget the action whose real roll-outs lose least; cautious: action 0 unless another is clearly better.
 
-    Returns their indices (budgets,) and the mean rewards (budgets, actions).
+    job_of(sample's number, budget's number, action) -> a job of `roll_out`. Returns the indices of the chosen actions (budgets,)
+    and the mean rewards (budgets, actions).
     """
     plain, gain = (EpsilonGreedy(len(budgets), len(actions)) for _ in range(2))
     b, a = (x.ravel() for x in np.indices((len(budgets), len(actions))))
-    for sample in samples:
-        rewards = sample.loss_full - roll_out(model, sample, name, [job_of(b_, actions[a_]) for b_, a_ in zip(b, a)])
+    for i, sample in enumerate(samples):
+        rewards = sample.loss_full - roll_out(model, sample, name, [job_of(i, b_, actions[a_]) for b_, a_ in zip(b, a)])
         plain.update(b, a, rewards)
         gain.update(b, a, rewards - rewards.reshape(len(budgets), -1)[b, 0])  # counted from action 0 on the same prompt
         progress.update(len(rewards))
     return gain.cautious(0) if cautious else plain.greedy(), plain.values()
 
 
-def halves(samples):
-    """Two halves of the corpus, each with every kind and layout: to learn from, and to decide on."""
-    return [s for i, s in enumerate(samples) if i // KINDS % 2 == 0], [s for i, s in enumerate(samples) if i // KINDS % 2]
+def half_of(i):
+    """Which half of the corpus prompt number i belongs to, 0 or 1: each has every kind and layout."""
+    return i // KINDS % 2
+
+
+def learn_tables(model, samples, name, rules, budgets, rng, progress):
+    """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
+
+    Also how many experiences of heads there were, and the rank agreement of the two halves for each reward.
+    """
+    L, H = model.config.n_layer, model.config.n_head
+    halves = [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
+    (share, other), counts = zip(*(learn_heads(half, name, rules, budgets, L, H) for half in halves))
+    agree = {f"share, {budget}": evaluation.rank_correlation(x.ravel(), y.ravel()) for budget, x, y in zip(budgets, share, other)}
+    learned = {"W = 1": (np.ones_like(share),) * 2, **{f"share^{x:g}": (share ** x, other ** x) for x in SHARE_POWERS}}
+    if ckv.SETTINGS[name].scope == "head":  # the paper's grid, at most 1.5, is too narrow for the loss to tell its actions apart
+        steps = [perturb_heads(model, half, name, rules, budgets, rng, progress) for half in halves]
+        agree["loss"] = evaluation.rank_correlation(*(x.ravel() for x in steps))
+        learned |= {f"loss {x:g}": tuple(np.tile(np.exp(x * step), (len(budgets), 1, 1)) for step in steps) for x in LOSS_STEPS}
+    return learned, sum(counts), agree
 
 
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
-    L, H = model.config.n_layer, model.config.n_head
-    learn_on, decide_on = halves(samples)
-    quantiles = [np.quantile([s.risk[i] for s in learn_on], np.arange(1, n) / n)
+    one, all_pass = np.ones((model.config.n_layer, model.config.n_head)), np.zeros(model.config.n_layer)
+    quantiles = [np.quantile([s.risk[i] for s in samples], np.arange(1, n) / n)
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
-    one, all_pass = np.ones((L, H)), np.zeros(L)
     named = lambda actions, rewards: {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
     with tqdm(desc=f"{name}, roll-outs", unit="roll-out", leave=False) as progress:
-        chosen, rewards = choose(model, learn_on, name, budgets, settings.rules,
-                                 lambda b, rule: (rule, one, all_pass, budgets[b]), progress)
+        chosen, rewards = choose(model, samples, name, budgets, settings.rules,
+                                 lambda i, b, rule: (rule, one, all_pass, budgets[b]), progress)
         rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
-        share, n = learn_heads(learn_on, name, rules, budgets, L, H)
-        other, _ = learn_heads(decide_on, name, rules, budgets, L, H)  # would other prompts have made the same table?
-        agree = lambda x, y: {str(b): evaluation.rank_correlation(v.ravel(), w.ravel()) for b, v, w in zip(budgets, x, y)}
-        evidence |= {"head_experiences": n, "rank_agreement_of_halves": agree(share, other)}
-        tables = {"W = 1": np.ones_like(share), **{f"share^{x:g}": share ** x for x in STRENGTHS}}
-        if settings.scope == "head":  # the paper's grid, at most 1.5, is too narrow for the loss to tell its actions apart
-            loss = perturb_heads(model, learn_on, name, rules, budgets, rng, progress)
-            evidence["rank_agreement_of_rewards"] = agree(share, loss)
-            tables |= {f"loss^{x:g}": loss ** x for x in STRENGTHS}
-        arrays = list(tables.values())
-        chosen, rewards = choose(model, decide_on, name, budgets, arrays,
-                                 lambda b, table: (rules[b], table[b], all_pass, budgets[b]), progress, cautious=True)
-        W, evidence["held_out_dnll_by_table"] = np.stack([arrays[i][b] for b, i in enumerate(chosen)]), named(tables, rewards)
-        evidence["W_head"] = {str(budget): list(tables)[i] for budget, i in zip(budgets, chosen)}
+        learned, evidence["head_experiences"], evidence["rank_agreement_of_halves"] = \
+            learn_tables(model, samples, name, rules, budgets, rng, progress)
+        chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
+                                 lambda i, b, halves: (rules[b], halves[1 - half_of(i)][b], all_pass, budgets[b]), progress, cautious=True)
+        pairs = [list(learned.values())[i] for i in chosen]
+        W = np.stack([np.sqrt(first[b] * second[b]) for b, (first, second) in enumerate(pairs)])
+        evidence["held_out_dnll_by_table"] = named(learned, rewards)
+        evidence["W_head"] = {str(budget): list(learned)[i] for budget, i in zip(budgets, chosen)}
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        T, seen = learn_gate(model, learn_on, name, rules, W, quantiles, budgets, progress)
+        T, seen = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
         evidence["gate_states_seen"] = float(seen.mean())
-        evidence["check"] = check(model, decide_on, name, rules, W, T, quantiles, budgets, progress)
+        evidence["check"] = check(model, samples, name, rules, W, T, quantiles, budgets, progress)
         evidence["roll_outs"] = progress.n
     if name == "compilerkv":
         b = len(budgets) // 2
-        logs = [head_log(half, name, rules[b], budgets[b], one) for half in (learn_on, decide_on)]
+        log, held_out = (head_log([s for i, s in enumerate(samples) if half_of(i) == half], name, rules[b], budgets[b], one) for half in (0, 1))
         evidence["learners"] = {"budget": budgets[b], **{
-            who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": held_out}
-            for who, (regret, held_out) in compare_learners(*logs, seed).items()}}
+            who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
+            for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}
         for who, result in list(evidence["learners"].items())[1:]:
             say(f"learner {who}, budget {budgets[b]}: cumulative regret "
                 f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")
@@ -387,7 +403,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
 
 
 def check(model, samples, name, rules, W, T, edges, budgets, progress):
-    """Held-out roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did."""
+    """Roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did. These prompts made the tables."""
     rows, n_sets, bins, all_pass = {}, sets_of(name, model.config), risk_bins(samples, edges), np.zeros(W.shape[1])
     for b, budget in enumerate(budgets):
         losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
@@ -440,7 +456,7 @@ def describe(name, compiled, evidence, budgets, say):
         best = np.dstack(np.unravel_index(np.argsort(-W, axis=None, kind="stable")[:3], W.shape))[0]
         heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
         say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}; median tau {np.median(T):.2f}; "
-            f"held-out dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
+            f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
             f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")
 

@@ -1,5 +1,7 @@
 """Tests of train_tables.py: rewards are those of the sets that the method would really keep, and learning finds what pays."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -84,12 +86,15 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     model, s = tiny_sample(5)
     n_groups = CONFIG.n_head // CONFIG.n_kv_head
     loss = lambda W: 1.0 - np.log(W[1, 0]) + 0.5 * np.log(W[0, n_groups])  # KV head 0 of layer 1 up, 1 of layer 0 down
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([loss(W) for _, W, _, _ in jobs]))
-    W = train_tables.perturb_heads(model, [s] * 20, "compilerkv", [RULES["compilerkv"]], (60,), np.random.default_rng(0), tqdm(disable=True))[0]
-    log_W = np.log(W)
-    assert W.shape == (CONFIG.n_layer, CONFIG.n_head) and W.max() <= ckv.OURS.W_grid[-1] + 1e-9
-    assert log_W.argmax() == CONFIG.n_head and log_W.argmin() == n_groups  # first query heads of the two
-    assert np.allclose(log_W[1, :n_groups], log_W[1, 0]) and np.abs(log_W[1, n_groups:]).max() < 0.3 * log_W.max()
+    louder = lambda W: 50 * loss(W)  # one prompt that loses fifty times as much, and wants the opposite
+    fond_of = lambda sample: (lambda W: -louder(W)) if sample is odd else loss
+    odd = dataclasses.replace(s)
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([fond_of(sample)(W) for _, W, _, _ in jobs]))
+    log_W = train_tables.perturb_heads(model, [*[s] * 20, odd], "compilerkv", [RULES["compilerkv"]] * 2, (60, 70), np.random.default_rng(0),
+                                       tqdm(disable=True))
+    assert log_W.shape == (CONFIG.n_layer, CONFIG.n_head) and np.isclose(log_W.std(), 1) and np.allclose(log_W.mean(1), 0)
+    assert log_W[1, 0] > 1.5 * log_W[0, 0] > 0  # the loss's own ratio is 2; within a layer, up here is down there
+    assert np.allclose(log_W[1, :n_groups], log_W[1, 0]) and np.allclose(log_W[0, n_groups:], -log_W[0, 0])
 
 
 def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
@@ -120,15 +125,36 @@ def test_a_table_that_is_not_clearly_better_does_not_displace_the_first(monkeypa
     losses = iter([np.array([0.0, x, -0.3 + x]) + level for level, x in enumerate(noise)])
     monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: next(losses)[[job for job in jobs]])
     s = tiny_sample(8)[1]
-    run = lambda actions, n: train_tables.choose(None, [s] * n, "compilerkv", (60,), actions, lambda b, a: a, tqdm(disable=True), cautious=True)[0]
+    run = lambda actions, n: train_tables.choose(None, [s] * n, "compilerkv", (60,), actions, lambda i, b, a: a, tqdm(disable=True), cautious=True)[0]
     assert run([0, 1], 20) == [0] and run([0, 1, 2], 20) == [2]
 
 
 def test_both_halves_hold_every_kind():
     """Guards against a half of stories that decides over tables for code."""
-    first, second = train_tables.halves(list(range(24)))
-    assert {i % train_tables.KINDS for i in first} == {i % train_tables.KINDS for i in second} == set(range(6))
-    assert not set(first) & set(second) and len(first) == len(second) == 12
+    halves = [[i for i in range(24) if train_tables.half_of(i) == half] for half in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == 12
+    assert {i % train_tables.KINDS for i in halves[0]} == {i % train_tables.KINDS for i in halves[1]} == set(range(6))
+
+
+def test_every_prompt_is_judged_under_the_other_halfs_tables(monkeypatch):
+    """Guards against a table that is praised by the prompts it was learned from, and against halves that ship alone."""
+    model, s = tiny_sample(9)
+    samples = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)]
+    ones = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
+    tables = {"W = 1": (ones, ones), "loss": (2 * ones, 8 * ones)}
+    monkeypatch.setattr(train_tables, "learn_tables", lambda *_: (tables, 0, {}))
+    seen = []
+
+    def roll_out(model, sample, name, jobs):
+        weights = [W[0, 0] for _, W, _, _ in jobs]
+        seen.append((int(sample.loss_full), weights))
+        return sample.loss_full - (np.array(weights) > 1)  # a learned table is better, by 1
+
+    monkeypatch.setattr(train_tables, "roll_out", roll_out)
+    compiled, evidence = train_tables.compile_tables(model, samples, "compilerkv-paper", (60,), 0, lambda text: None)
+    judged = [(i, weights[1]) for i, weights in seen if len(weights) == 2]
+    assert judged == [(i, 8.0 if i < 6 else 2.0) for i in range(12)]
+    assert (compiled.W_head == 4).all() and evidence["W_head"] == {"60": "loss"}  # the geometric mean of the two
 
 
 def test_learners_find_what_pays_and_random_does_not():
