@@ -57,8 +57,8 @@ def attention_level(observation, window, scope, queries="mean"):
     (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1. With queries="max" the
     query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1.
     """
-    join = {"mean": lambda A: A.mean(1), "max": lambda A: A.amax(1)}[queries]
-    received = torch.stack([join(A[:, -window:].float()) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
+    join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
+    received = torch.stack([join(A[:, -window:]) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
     alpha = observation.n_tokens * received
     if scope == "model":
         alpha = alpha.mean((0, 1), keepdim=True)  # -> (1, 1, T)
@@ -84,7 +84,7 @@ def spread(u, window, kernel):
 
 def value_norm(cache):
     """rho[l,h,t] of Eq. 4: length of each value vector over the mean length in its head, (L, G, T)."""
-    v = torch.stack([cache.layer(l)[1][0].float().norm(dim=-1) for l in range(len(cache.v))])  # (L, G, T, D) -> (L, G, T)
+    v = torch.stack([cache.layer(l)[1][0].norm(dim=-1, dtype=torch.float32) for l in range(len(cache.v))])  # (L, G, T, D) -> (L, G, T)
     return v / v.mean(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
 
 
@@ -277,7 +277,7 @@ def select_tova(observation, cache, budget, tables):
 
 def select_knorm(observation, cache, budget, tables):
     """K-norm (arXiv 2406.11430): the keys of smallest length; no attention is read."""
-    return list(top(-torch.stack([cache.layer(l)[0][0].float().norm(dim=-1) for l in range(len(cache.k))]), budget))
+    return list(top(-torch.stack([cache.layer(l)[0][0].norm(dim=-1, dtype=torch.float32) for l in range(len(cache.k))]), budget))
 
 
 def select_lacache(observation, cache, budget, tables):
