@@ -153,8 +153,15 @@ def rms_norm(x, weight, eps):
 
     In blocks of rows, because float32 copies of a whole prompt would cost more in fresh memory than the arithmetic.
     """
+    if x.shape[:-1].numel() <= ROW_BLOCK:
+        return F.rms_norm(x, weight.shape, weight, eps)
     rows = x.flatten(0, -2).split(ROW_BLOCK)  # (..., E) -> blocks of (rows, E)
     return torch.cat([F.rms_norm(block, weight.shape, weight, eps) for block in rows]).view_as(x)
+
+
+def linear(x, weight):
+    """x (..., in) by weight (out, in) -> (..., out). A single row goes to the matrix-vector product: it reads weights faster."""
+    return (weight @ x.flatten()).view(*x.shape[:-1], -1) if x.numel() == weight.shape[1] else F.linear(x, weight)
 
 
 def rotate(x, cos, sin):
@@ -221,7 +228,7 @@ class Model:
         prompt, attention, summed = cache.length[0] == 0 and n > 1, [], []
         x = self.embedding[tokens]  # (B, n, E)
         for l, block in enumerate(self.blocks):
-            qkv = F.linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
+            qkv = linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
             qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
             qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
             q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
@@ -236,16 +243,16 @@ class Model:
             if total:  # in blocks, so that no n x S matrix is held
                 blocks = zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1))
                 summed.append(sum(observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32) for part, at in blocks))  # (H, S)
-            x = x + F.linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
-            gate, up = F.linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
+            x = x + linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
+            gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
         cache.next_position = cache.next_position + n
         return (rms_norm(x, self.norm, c.norm_eps), torch.stack(attention) if observe else None,
                 torch.stack(summed) if total else None)
 
     def logits(self, hidden):
         """Next-token scores, (..., E) -> (..., V), float32."""
-        return F.linear(hidden, self.head).float()
+        return linear(hidden, self.head).float()
 
     def prefill(self, tokens, window, total=False, before=None):
         """Run a whole prompt once, or its next part.
