@@ -654,7 +654,7 @@ def draw_needles(records, protocol, path, title):
     table = columns(records, protocol)
     cells = [(r["needles"], round(r["n_tokens"], -3), r["depth"]) for r in records]
     numbers, lengths, depths = (sorted(set(values)) for values in zip(*cells))
-    policies = list(dict.fromkeys(policy for policy, _ in table))
+    policies = sorted(dict.fromkeys(policy for policy, _ in table), key=lambda policy: policy != "full")  # the full cache first
     figure, axes = plt.subplots(len(numbers), len(policies), figsize=(1.75 * len(policies) + 1.5, 1.9 * len(numbers) + 1),
                                 layout="constrained", squeeze=False, sharex=True, sharey=True)
     for axis, (number, policy) in zip(axes.flat, itertools.product(numbers, policies)):

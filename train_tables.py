@@ -449,13 +449,15 @@ def heat_maps(compiled, budgets, stem):
              "risk bin", (float(logs.min()), float(logs.max())), "viridis")
 
 
-def describe(name, compiled, evidence, budgets, say):
-    """Print what was learned."""
+def describe(name, compiled, evidence, budgets, retrieval, say):
+    """Print what was learned; retrieval (L, H): see ckv.Tables."""
     for b, budget in enumerate(budgets):
         W, T, row = compiled.W_head[b], compiled.T_gate[b], evidence["check"][str(budget)]
         best = np.dstack(np.unravel_index(np.argsort(-W, axis=None, kind="stable")[:3], W.shape))[0]
         heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
-        say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}; median tau {np.median(T):.2f}; "
+        rho = evaluation.rank_correlation(W.ravel(), retrieval.ravel())
+        say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}, rank correlation with "
+            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}; "
             f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
             f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")
@@ -492,15 +494,15 @@ def main(argv=None):
     compiled, evidence = {}, {}
     for name in ckv.SETTINGS:
         compiled[name], evidence[name] = compile_tables(model, samples, name, budgets, args.seed, say)
+    retrieval = np.mean([s.looks_back.numpy() for s in samples], 0, dtype=float)  # (L, H)
     for name in compiled:
-        describe(name, compiled[name], evidence[name], budgets, say)
+        describe(name, compiled[name], evidence[name], budgets, retrieval, say)
     used = prompts[:len(samples)]
     provenance = {
         "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed,
         "machine": evaluation.machine(), "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
         "learner": "mean reward of every action (epsilon-greedy on a complete log)", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
-    retrieval = np.mean([s.looks_back.numpy() for s in samples], 0, dtype=float)  # (L, H)
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)
     stem = out.with_suffix("")
     ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
