@@ -844,7 +844,7 @@ def machine_rates(model):
 
 
 def add_floors(model, rows, bandwidth, rate):
-    """Put beside each measured time the least that this machine could need for it. Frankly, what is counted:
+    """Put beside each measured time the least that this machine could need for it. What is counted:
 
     decode: all weights of the layers and of the output read once, and the KV entries kept (not their padding), at full
     bandwidth. prefill: multiply-adds of the linear layers, of causal attention (T (T + 1) / 2 pairs, for scores and for

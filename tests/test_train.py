@@ -117,6 +117,12 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     s = ckv.protect(ckv.head_score(often.pooled("compilerkv", RULES["compilerkv"]), torch.ones(W.shape[1:]), CONFIG.n_kv_head), 60, 16)
     fits = [(s >= tau).sum() <= 60 * CONFIG.n_layer * CONFIG.n_kv_head for tau in grid]
     assert not fits[0] and T[0, 0, 0, 0] == grid[fits.index(True)]
+    # a loss of 0.3 times that penalty: worth it at full weight, as in the paper, and not at ours
+    price = 0.3 * (1 - 60 / 150)
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([price * (tau[0] > 0) for _, _, tau, _ in jobs]))
+    assert (learn([often])[0] == 0).all()
+    monkeypatch.setitem(ckv.SETTINGS, "compilerkv", dataclasses.replace(ckv.OURS, penalty=ckv.PAPER.penalty))
+    assert (learn([often])[0] == grid[fits.index(True)]).all()
 
 
 def test_a_table_that_is_not_clearly_better_does_not_displace_the_first(monkeypatch):
