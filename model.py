@@ -225,8 +225,9 @@ class Model:
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
-        prompt, attention, summed = cache.length[0] == 0 and n > 1, [], []
-        x = self.embedding[tokens]  # (B, n, E)
+        x, prompt, S = self.embedding[tokens], cache.length[0] == 0 and n > 1, cache.length[0] + n  # x: (B, n, E)
+        attention = x.new_empty(c.n_layer, c.n_head, observe, S) if observe else None
+        summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):
             qkv = linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
             qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
@@ -239,16 +240,15 @@ class Model:
             else:
                 y = attend(q, keys, values, slots, positions)
             if observe:
-                attention.append(observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:]))
+                attention[l] = observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:])
             if total:  # in blocks, so that no n x S matrix is held
-                blocks = zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1))
-                summed.append(sum(observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32) for part, at in blocks))  # (H, S)
+                for part, at in zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1)):
+                    summed[l] += observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32)  # (H, S)
             x = x + linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
             gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
         cache.next_position = cache.next_position + n
-        return (rms_norm(x, self.norm, c.norm_eps), torch.stack(attention) if observe else None,
-                torch.stack(summed) if total else None)
+        return rms_norm(x, self.norm, c.norm_eps), attention, summed
 
     def logits(self, hidden):
         """Next-token scores, (..., E) -> (..., V), float32."""
