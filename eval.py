@@ -1026,7 +1026,7 @@ def parse(argv):
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
     parser.add_argument("--tasks", help="comma-separated names of the only tasks to run (default: all)")
-    parser.add_argument("--out", type=Path, help="a directory (default: results with --full or --speed, else results/{sample,quick})")
+    parser.add_argument("--out", type=Path, help="a directory (default: results/sample, full or quick; results with --ablate or --speed)")
     args = parser.parse_args(argv)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
@@ -1045,7 +1045,8 @@ def parse(argv):
         args.budgets, args.limit = [128], 1
     elif not args.full:
         args.limit = args.limit or SAMPLE
-    args.out = args.out or HERE / "results" / ("quick" if args.quick else "" if args.full or args.speed else "sample")
+    folder = "quick" if args.quick else "" if args.ablate or args.speed else "full" if args.full else "sample"
+    args.out = args.out or HERE / "results" / folder
     for option in ("policies", "protocols", "tasks"):
         if getattr(args, option) == []:
             raise UserError(f"--{option} is empty")
