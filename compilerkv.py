@@ -82,9 +82,14 @@ def spread(u, window, kernel):
     return F.max_pool1d(u, kernel, stride=1, padding=kernel // 2)
 
 
+def vector_lengths(cache, part):
+    """Euclidean length of every key (part 0) or value (part 1), (L, G, T) float32."""
+    return torch.stack([cache.layer(l)[part][0].norm(dim=-1, dtype=torch.float32) for l in range(len(cache.k))])  # of (G, T, D)
+
+
 def value_norm(cache):
     """rho[l,h,t] of Eq. 4: length of each value vector over the mean length in its head, (L, G, T)."""
-    v = torch.stack([cache.layer(l)[1][0].norm(dim=-1, dtype=torch.float32) for l in range(len(cache.v))])  # (L, G, T, D) -> (L, G, T)
+    v = vector_lengths(cache, 1)
     return v / v.mean(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
 
 
@@ -277,7 +282,7 @@ def select_tova(observation, cache, budget, tables):
 
 def select_knorm(observation, cache, budget, tables):
     """K-norm (arXiv 2406.11430): the keys of smallest length; no attention is read."""
-    return list(top(-torch.stack([cache.layer(l)[0][0].norm(dim=-1, dtype=torch.float32) for l in range(len(cache.k))]), budget))
+    return list(top(-vector_lengths(cache, 0), budget))
 
 
 def select_lacache(observation, cache, budget, tables):

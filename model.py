@@ -225,7 +225,8 @@ class Model:
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
-        x, prompt, S = self.embedding[tokens], cache.length[0] == 0 and n > 1, cache.length[0] + n  # x: (B, n, E)
+        prompt, S = cache.length[0] == 0, cache.length[0] + n
+        x = self.embedding[tokens]  # (B, n, E)
         attention = x.new_empty(c.n_layer, c.n_head, observe, S) if observe else None
         summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):

@@ -344,18 +344,22 @@ def half_of(i):
     return i // KINDS % 2
 
 
+def halves(samples):
+    """The two halves of the corpus."""
+    return [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
+
+
 def learn_tables(model, samples, name, rules, budgets, rng, progress):
     """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
 
     Also how many experiences of heads there were, and the rank agreement of the two halves for each reward.
     """
     L, H = model.config.n_layer, model.config.n_head
-    halves = [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
-    (share, other), counts = zip(*(learn_heads(half, name, rules, budgets, L, H) for half in halves))
+    (share, other), counts = zip(*(learn_heads(half, name, rules, budgets, L, H) for half in halves(samples)))
     agree = {f"share, {budget}": evaluation.rank_correlation(x.ravel(), y.ravel()) for budget, x, y in zip(budgets, share, other)}
     learned = {"W = 1": (np.ones_like(share),) * 2, **{f"share^{x:g}": (share ** x, other ** x) for x in SHARE_POWERS}}
     if ckv.SETTINGS[name].scope == "head":  # the paper's grid, at most 1.5, is too narrow for the loss to tell its actions apart
-        steps = [perturb_heads(model, half, name, rules, budgets, rng, progress) for half in halves]
+        steps = [perturb_heads(model, half, name, rules, budgets, rng, progress) for half in halves(samples)]
         agree["loss"] = evaluation.rank_correlation(*(x.ravel() for x in steps))
         learned |= {f"loss {x:g}": tuple(np.tile(np.exp(x * step), (len(budgets), 1, 1)) for step in steps) for x in LOSS_STEPS}
     return learned, sum(counts), agree
@@ -377,11 +381,10 @@ def compile_tables(model, samples, name, budgets, seed, say):
         learned, evidence["head_experiences"], evidence["rank_agreement_of_halves"] = \
             learn_tables(model, samples, name, rules, budgets, rng, progress)
         chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
-                                 lambda i, b, halves: (rules[b], halves[1 - half_of(i)][b], all_pass, budgets[b]), progress, cautious=True)
-        pairs = [list(learned.values())[i] for i in chosen]
-        W = np.stack([np.sqrt(first[b] * second[b]) for b, (first, second) in enumerate(pairs)])
-        evidence["held_out_dnll_by_table"] = named(learned, rewards)
-        evidence["W_head"] = {str(budget): list(learned)[i] for budget, i in zip(budgets, chosen)}
+                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], all_pass, budgets[b]), progress, cautious=True)
+        tables = [list(learned)[i] for i in chosen]
+        W = np.stack([np.sqrt(learned[table][0][b] * learned[table][1][b]) for b, table in enumerate(tables)])
+        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(learned, rewards), dict(zip(map(str, budgets), tables))
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
@@ -391,7 +394,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         evidence["roll_outs"] = progress.n
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (head_log([s for i, s in enumerate(samples) if half_of(i) == half], name, rules[b], budgets[b], one) for half in (0, 1))
+        log, held_out = (head_log(half, name, rules[b], budgets[b], one) for half in halves(samples))
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
             for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}
