@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CONTEXTS = 20                      # contexts a task, QUESTIONS questions on each
+CONTEXTS = 32                      # contexts a task, QUESTIONS questions on each
 QUESTIONS = 2
 BANDS = (720, 1150, 2000, 3700)    # words of context, about 1,100 / 1,700 / 3,000 / 5,600 tokens
 REPORT = 450                       # words that the last report added may exceed the plan by, at most
@@ -138,7 +138,8 @@ def question_tasks(rng, passages, reports, links):
             question, golds, at = begun_answer(question, target["text"], answer, n_lead=4)
             record("fieldqa", tasks["fieldqa"], context, question, golds, target["text"], at)
     for size, depth in plan(CONTEXTS):
-        chosen = fill(rng, [], reports, max(size - REPORT, 800), depth)
+        fresh = max(reports, key=lambda r: (sum(q not in asked for q, _ in r["qa"]), rng.random()))  # has most questions left
+        chosen = fill(rng, [fresh], reports, max(size - REPORT, 800), depth)
         context = "\n\n\n".join(r["text"] for r in chosen)
         for k in range(QUESTIONS):  # the question, not asked before, whose answer stands nearest to the planned depth
             place = (depth + k / QUESTIONS) % 1 * len(context)

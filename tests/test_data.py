@@ -51,11 +51,11 @@ def test_no_prompt_occurs_twice():
     assert set(collections.Counter(row["kind"] for row in CALIBRATION).values()) == {20} and len(CALIBRATION) == 120
 
 
-def test_the_mini_longbench_has_two_tasks_a_category_and_forty_records_a_task():
+def test_the_mini_longbench_has_two_tasks_a_category_and_sixty_four_records_a_task():
     """Guards against a category whose score rests on a handful of answers, and tasks that weigh unevenly."""
     counts = collections.Counter(r["dataset"] for r in MINI)
     categories = collections.Counter(TASKS[name].category for name in counts)
-    assert set(categories.values()) == {2} and len(categories) == 6 and set(counts.values()) == {40}
+    assert set(categories.values()) == {2} and len(categories) == 6 and set(counts.values()) == {64}
 
 
 def test_needed_facts_stand_evenly_over_the_depth_of_the_context():
@@ -63,7 +63,7 @@ def test_needed_facts_stand_evenly_over_the_depth_of_the_context():
     for name in ("fieldqa", "reportqa", "hopqa", "kinqa", "news", "which"):
         depths = [r["depth"] for r in MINI if r["dataset"] == name]
         fifths = collections.Counter(min(int(5 * d), 4) for d in depths)
-        assert len(depths) == 40 and min(fifths[i] for i in range(5)) >= 3, (name, fifths)
+        assert len(depths) == 64 and min(fifths[i] for i in range(5)) >= 6, (name, fifths)
 
 
 def test_answers_stand_in_their_context():
