@@ -370,14 +370,15 @@ def contexts(records, prompts):
     return [tuple(zip(*group)) for _, group in itertools.groupby(pairs, key)]
 
 
-def run(model, work, args, tables, settings):
-    """Every context, finished ones from the journal of an interrupted run of the same settings.
+def run(one_context, work, out, settings):
+    """one_context(records, prompts) of all work; what is finished comes from the journal of an interrupted run of these settings.
 
-    Returns [(the context's results, seconds)], whether it was interrupted, and the journal, which the report makes needless.
-    The journal holds one JSON line a context; a line that was cut short by a crash is done again.
+    one_context returns an object with "id" for each record. Returns [(those objects, seconds)], whether it was interrupted,
+    and the journal in directory `out`, which the report makes needless. The journal holds one JSON line a context; a line
+    that was cut short by a crash is done again.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    journal, done = args.out / f"unfinished-{digest}.jsonl", {}
+    journal, done = out / f"unfinished-{digest}.jsonl", {}
     if journal.exists():
         for line in journal.read_text(encoding="utf-8").splitlines():
             try:
@@ -393,7 +394,7 @@ def run(model, work, args, tables, settings):
             for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
                 if records[0]["_id"] not in done:
                     start = time.perf_counter()
-                    rows = run_context(model, records, prompts, args, tables)
+                    rows = one_context(records, prompts)
                     done[records[0]["_id"]] = line = rows, round(time.perf_counter() - start, 2)
                     file.write(json.dumps(line) + "\n")
                     file.flush()
@@ -521,7 +522,7 @@ def risk_report(risks, dnll, task):
 # -------------------------------------------------------------------------------------------------------------- report
 
 def label(policy):
-    return policy + " (oracle)" if policy == "hindsight" else policy
+    return ORACLE if policy == "hindsight" else policy
 
 
 def cell(value, form="{:.2f}"):
@@ -703,13 +704,14 @@ def draw_kept(model, record, args, budget, tables, path, width=104):
 
 # ----------------------------------------------------------------------------------------------------------- ablations
 
+ORACLE = "hindsight (oracle)"
 SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a string: another policy
     "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
     "smaller budget": {"gate": "smaller"}, "W = 1, no gate": {"W": False, "gate": "none"},
     "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"}, "mean of the queries": {"queries": "mean"},
     "one set a layer": {"shared": True}, "no value norm": {"norm": False}, "sinks not protected": {"sinks": 0},
     "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8}, "window 32": {"window": 32},
-    "window 64": {"window": 64}, "layers compete": {"layers": True}, "paper grid": "compilerkv-paper", "hindsight (oracle)": "hindsight",
+    "window 64": {"window": 64}, "layers compete": {"layers": True}, "paper grid": "compilerkv-paper", ORACLE: "hindsight",
     "SnapKV": "snapkv", "SnapKV, mean pool": {"pooled": torch.nn.functional.avg_pool1d}, "SnapKV, kernel 31": {"kernel": 31},
     "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
@@ -752,47 +754,46 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
     return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]
 
 
-def ablate(model, work, args, tables):
-    """dNLL of every row of SWITCHES at every budget, query-aware: (records, rows, budgets) twice, dNLL and tokens kept a layer."""
-    dnll, kept, entries = [], [], model.config.n_layer * model.config.n_kv_head
-    for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
-        for prompt in prompts:
-            logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, total=True)
-            full = model.nll(cache, logits, prompt.gold).item()
+def ablate_context(model, records, prompts, args, tables):
+    """dNLL and tokens kept a layer of every row of SWITCHES asked for, (rows, budgets) each, query-aware: one object a record."""
+    out, entries = [], model.config.n_layer * model.config.n_kv_head
+    for record, prompt in zip(records, prompts):
+        logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, total="H2O" in args.rows)
+        full = model.nll(cache, logits, prompt.gold)
+        if ORACLE in args.rows:
             observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
-            losses, sizes = [], []
-            for name in SWITCHES:
-                batch = ckv.evict(cache, *(row_kept(name, observation, cache, budget, tables) for budget in args.budgets))
-                losses.append(model.nll(batch, logits, prompt.gold) - full)
-                sizes.append(batch.kept() / entries)
-            dnll.append(torch.stack(losses))  # (rows, budgets)
-            kept.append(torch.stack(sizes))
-    return torch.stack(dnll).numpy(), torch.stack(kept).numpy()
+        dnll, kept = [], []
+        for name in args.rows:
+            batch = ckv.evict(cache, *(row_kept(name, observation, cache, budget, tables) for budget in args.budgets))
+            dnll.append((model.nll(batch, logits, prompt.gold) - full).tolist())
+            kept.append((batch.kept() / entries).tolist())
+        out.append({"id": record["_id"], "task": record["dataset"], "dnll": dnll, "kept": kept})
+    return out
 
 
-def ablation_report(dnll, kept, records, args, model):
-    """Tables of the ablations, as one Markdown text: each row at each budget, then the paired differences."""
-    tasks = [r["dataset"] for r in records]
-    counts = resamples([hashlib.sha256(r["context"].encode()).hexdigest() for r in records], tasks, args.seed)
+def ablation_tables(results, args, model):
+    """Each row at each budget, then the paired differences, as lines of Markdown."""
+    dnll, kept = (np.array([row[name] for row in results]) for name in ("dnll", "kept"))  # (records, rows, budgets) each
+    counts = resamples([row["context"] for row in results], [row["task"] for row in results], args.seed)
     show = lambda v, form: form.format(v.mean(), *interval(v, counts))
     token = 2 * model.config.head_dim * torch.empty(0, dtype=model.dtype).element_size() * model.config.n_layer * model.config.n_kv_head
     rows = [[str(budget), name, show(dnll[:, i, b], "{:.3f} [{:.3f}, {:.3f}]"), f"{worst_tenth(dnll[:, i, b]):.2f}",
              f"{kept[:, i, b].mean():.1f}", f"{kept[:, i, b].mean() * token / 1e6:.2f}"]
-            for b, budget in enumerate(args.budgets) for i, name in enumerate(SWITCHES)]
-    out = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows)
-    at, rows = list(SWITCHES).index, []
-    for b, budget in enumerate(args.budgets):
-        for name, other in PAIRS:
+            for b, budget in enumerate(args.budgets) for i, name in enumerate(args.rows)]
+    out, at, rows = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows), args.rows.index, []
+    for (b, budget), (name, other) in itertools.product(enumerate(args.budgets), PAIRS):
+        if {name, other} <= set(args.rows):
             a, c = dnll[:, at(name), b], dnll[:, at(other), b]
-            tail = worst_tenth(a) - worst_tenth(c)
-            rows.append([str(budget), f"{name} - {other}", show(a - c, "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{tail:+.2f}",
+            rows.append([str(budget), f"{name} - {other}", show(a - c, "{:+.3f} [{:+.3f}, {:+.3f}]"),
+                         f"{worst_tenth(a) - worst_tenth(c):+.2f}",
                          f"{kept[:, at(name), b].mean() - kept[:, at(other), b].mean():+.1f}"])
     out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth", "kept a layer"], rows)
-    ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", "hindsight (oracle)"))
-    closed = 100 * (rival - ours) / (rival - best)
-    out.append("Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
-               + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.")
-    return "\n".join(out) + "\n"
+    if {"CompilerKV", "SnapKV", ORACLE} <= set(args.rows):
+        ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", ORACLE))
+        closed = 100 * (rival - ours) / (rival - best)
+        out += ["Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
+                + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.", ""]
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -1018,9 +1019,10 @@ def parse(argv):
     parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
     parser.add_argument("--budgets", help="comma-separated tokens kept a layer")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
-    parser.add_argument("--full", action="store_true", help="all records (the mini-LongBench has 480)")
+    parser.add_argument("--full", action="store_true", help="all records (the mini-LongBench has 768)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
+    parser.add_argument("--rows", nargs="+", default=list(SWITCHES), help="the only rows of --ablate, quoted where they have spaces (default: all)")
     parser.add_argument("--speed", action="store_true", help="what compression costs and buys in seconds and bytes (a few minutes)")
     parser.add_argument("--limit", type=int, help=f"records a task (default: {SAMPLE})")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
@@ -1029,7 +1031,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="a directory (default: results/sample, full or quick; results with --ablate or --speed)")
     args = parser.parse_args(argv)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    args.policies, args.protocols, args.tasks = names(args.policies), names(args.protocols), None if args.tasks is None else names(args.tasks)
+    args.policies, args.protocols, args.rows = names(args.policies), names(args.protocols), list(dict.fromkeys(args.rows))
+    args.tasks = None if args.tasks is None else names(args.tasks)
     default = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS))
     try:
         args.budgets = sorted({int(b) for b in (default if args.budgets is None else args.budgets).split(",")})
@@ -1052,12 +1055,11 @@ def parse(argv):
             raise UserError(f"--{option} is empty")
     for budget in args.budgets:
         ckv.check_budget(budget)
-    for protocol in args.protocols:
-        if protocol not in PROTOCOLS:
-            raise UserError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
-    for policy in args.policies:
-        if policy not in ckv.POLICIES:
-            raise UserError(f"unknown policy {policy!r}: choose from {', '.join(ckv.POLICIES)}")
+    for what, given, known in (("protocol", args.protocols, PROTOCOLS), ("policy", args.policies, ckv.POLICIES),
+                               ("row", args.rows, SWITCHES)):
+        for name in given:
+            if name not in known:
+                raise UserError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     return args
 
 
@@ -1075,26 +1077,19 @@ def main(argv=None):
                 "protocols": args.protocols, "budgets": args.budgets, "window": ckv.WINDOW, "sinks": ckv.SINKS,
                 "tables": hashlib.sha256(args.tables.read_bytes()).hexdigest(),
                 "records": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
-    if args.ablate:
-        start = time.perf_counter()
-        dnll, kept = ablate(model, work, args, tables)
-        head = (f"{len(dnll)} records on {len(work)} contexts of {settings['data']}, query-aware, {model.name}, {settings['dtype']}, "
-                f"seed {args.seed}, {settings['machine']['cpu']}, {settings['machine']['threads']} threads, "
-                f"{time.perf_counter() - start:.0f} s.\n\n")
-        report = head + ablation_report(dnll, kept, records, args, model)
-        ckv.write_atomically(args.out / f"ablation-{settings['data']}.md", report)
-        print(report)
-        return 0
     if args.speed:
         print(write_speed(model, records, args, tables, settings))
         return 0
-    finished, interrupted, journal = run(model, work, args, tables, settings)
+    one_context = ablate_context if args.ablate else run_context
+    finished, interrupted, journal = run(lambda *context: one_context(model, *context, args, tables), work, args.out,
+                                         {**settings, "rows": args.rows if args.ablate else None})
     number = {r["_id"]: (r["dataset"], r["context"]) for r in records}
     order = {context: i for i, context in enumerate(dict.fromkeys(number.values()))}
     results = [{**row, "context": order[number[row["id"]]]} for rows, _ in finished for row in rows]
     meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
-            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in results)}
-    print(write_report(model, records, results, meta, args, tables))
+            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row.get("cut", False) for row in results)}
+    write = write_ablation if args.ablate else write_report
+    print(write(model, records, results, meta, args, tables))
     if interrupted:
         print(f"interrupted: {len(results)} of {len(records)} records are in the report; the same command goes on from here",
               file=sys.stderr)
@@ -1103,14 +1098,26 @@ def main(argv=None):
     return 0
 
 
+def heading(meta):
+    """What was measured on what, one sentence; meta as in eval.json."""
+    part, cut = "INTERRUPTED, a part: " * meta["interrupted"], f", {meta['cut']} cut" * (meta["cut"] > 0)
+    return (f"{part}{meta['n_records']} records on {meta['n_contexts']} contexts of {meta['data']}{cut}, {meta['model']}, "
+            f"{meta['dtype']}, seed {meta['seed']}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, "
+            f"{meta['seconds']:.0f} s.")
+
+
+def write_ablation(model, records, results, meta, args, tables):
+    """ablation-<data>.md, into --out. Returns the report."""
+    report = "\n".join([heading(meta), "", *ablation_tables(results, args, model)])
+    ckv.write_atomically(args.out / f"ablation-{meta['data']}.md", report)
+    return report
+
+
 def write_report(model, records, results, meta, args, tables):
     """eval.json, report.md and every picture, into --out. Returns the report."""
     judged = {p: [row for row in results if any(result[0] == p for result in row["results"])] for p in args.protocols}
     summaries = {p: summarise(part, p, args.seed) for p, part in judged.items() if part}
-    part, cut = "INTERRUPTED, a part: " * meta["interrupted"], f", {meta['cut']} cut" * (meta["cut"] > 0)
-    head = (f"{part}{len(results)} records on {meta['n_contexts']} contexts of {meta['data']}{cut}, {model.name}, {meta['dtype']}, "
-            f"seed {args.seed}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['seconds']:.0f} s.")
-    report = "\n".join([head, "", *task_table(results), *(x for s in summaries.values() for x in protocol_tables(s))])
+    report = "\n".join([heading(meta), "", *task_table(results), *(x for s in summaries.values() for x in protocol_tables(s))])
     lines = {"meta": json.dumps(meta), "columns": json.dumps(COLUMNS),
              "summary": json.dumps([row for summary in summaries.values() for row in summary]),
              "records": "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in results) + "\n]"}  # a line a record

@@ -104,7 +104,7 @@ def refused(command, world, out, arguments, capsys):
     *((evaluate, f"--budgets={budget}", f"at least {MIN_BUDGET}") for budget in ("0", "-5", "35", "64,35")),
     *((evaluate, f"--budgets={budget}", "whole numbers") for budget in ("abc", "64.5", "")),
     (evaluate, "--protocols=query-blind", "query-blind"), (evaluate, "--tasks=none", "--tasks none"),
-    (evaluate, "--protocols=,", "empty"), (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
+    (evaluate, "--protocols=,", "empty"), (evaluate, "--rows=W = 2", "'W = 2'"), (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
@@ -297,17 +297,27 @@ def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, m
     assert content() == before and [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_the_ablations_name_every_row_and_compare_in_pairs(world, tmp_path, capsys):
+def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path, capsys, monkeypatch):
     """Guards against a switch that changes nothing, a row that is lost, and parts that are credited with another's effect."""
     assert not evaluate(world, tmp_path, "--ablate", "--limit=2", "--budgets=64,128")
     report = (tmp_path / "ablation-data.md").read_text()
-    assert report in capsys.readouterr().out and "gap from SnapKV to hindsight" in report
+    assert report in capsys.readouterr().out and "gap from SnapKV to hindsight" in report and not list(tmp_path.glob("unfinished-*"))
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
     names = [row[1] for row in rows if not " - " in row[1]]
     assert names == [*evaluation.SWITCHES] * 2 and len(rows) - len(names) == 2 * len(evaluation.PAIRS)
     at_64 = {row[1]: row[2:] for row in rows if row[0] == "| 64"}
     same = [name for name, values in at_64.items() if values == at_64["CompilerKV"] and name != "CompilerKV"]
     assert len(same) <= 4, same  # a switch to what the tables say already changes nothing
+    chosen = ("--ablate", "--limit=2", "--budgets=64,128", "--rows", "H2O", "W = 1, no gate", "CompilerKV", "W = 1")
+    interrupt(monkeypatch, evaluation, "ablate_context", 2)
+    assert exit_code(evaluate, world, tmp_path, *chosen) == 130
+    assert (tmp_path / "ablation-data.md").read_text().startswith("INTERRUPTED, a part: 2 records on 1 contexts")
+    monkeypatch.undo()
+    interrupt(monkeypatch, evaluation, "ablate_context", 2)  # one context is left
+    assert not evaluate(world, tmp_path, *chosen)
+    part = (tmp_path / "ablation-data.md").read_text()
+    lines = [line for line in part.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
+    assert set(lines) < set(report.splitlines()) and len(lines) == 2 * (4 + 1) and "gap" not in part
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
