@@ -189,13 +189,16 @@ def attend(q, k, v, slots, positions):
     return y.view(B, H, n, D)
 
 
-def observe_attention(q, k, slots, positions):
-    """What `attend` does not tell: the probabilities of a batch of one, (H, n, S) in the model's dtype. Arguments as there."""
+def observe_attention(q, k, slots, positions, out=None):
+    """What `attend` does not tell: the probabilities of a batch of one, (H, n, S) in the model's dtype, written into `out`.
+
+    Arguments as there; slots of (1, 1, S) are every head's.
+    """
     _, H, n, D = q.shape
     G, S = k.shape[1:3]
     scores = (q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)  # (G, R n, S)
-    hidden = ~visible(slots, positions).view(G, 1, n, S)
-    return scores.view(G, -1, n, S).masked_fill_(hidden, -torch.inf).softmax(-1).view(H, n, S)
+    hidden = ~visible(slots, positions).transpose(0, 1)  # (1, G, n, S) -> (G, 1, n, S)
+    return torch.softmax(scores.view(G, -1, n, S).masked_fill_(hidden, -torch.inf).view(H, n, S), -1, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -238,10 +241,11 @@ class Model:
             keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
             if prompt:  # every query sees all slots up to its own: the library's kernel needs no mask
                 y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+                slots = positions[:, None]  # the same for every head: (B, 1, n)
             else:
                 y = attend(q, keys, values, slots, positions)
             if observe:
-                attention[l] = observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:])
+                observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:], out=attention[l])
             if total:  # in blocks, so that no n x S matrix is held
                 for part, at in zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1)):
                     summed[l] += observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32)  # (H, S)
