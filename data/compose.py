@@ -79,7 +79,7 @@ PROMPTS = {  # as in LongBench's dataset2prompt.json; the small model answers be
     "lines": "{context}",
     "repo": "{context}{input}",
 }
-MAX_NEW = {"fieldqa": 24, "reportqa": 24, "hopqa": 24, "kinqa": 20, "reports": 40, "news": 40, "qtype": 8, "chats": 28,
+MAX_NEW = {"fieldqa": 24, "reportqa": 24, "hopqa": 24, "kinqa": 20, "reports": 40, "news": 14, "qtype": 8, "chats": 28,
            "count": 6, "which": 20, "lines": 32, "repo": 32}
 
 
@@ -223,7 +223,7 @@ def summary_tasks(rng, reports, events):
                 context = "\n\n".join(f"{a['outlet']}. {a['text']}" for a in articles)
             for target in needed:
                 example = rng.choice([t for t in pool if t not in chosen] if len(chosen) < len(pool) else pool)
-                lead, rest = begun(target["summary"], turns[target["title"]])
+                lead, rest = begun(target["summary"], turns[target["title"]], n_gold=24 if task == "reports" else 8)
                 turns[target["title"]] += 1
                 start = f"{example['title']}: {example['summary']}\n{target['title']}: {lead}"
                 fact = target["text"] if task == "reports" else target["articles"][0]["text"]
