@@ -313,7 +313,7 @@ def select_razor(observation, cache, budget, tables):
 
 
 def select_hindsight(observation, cache, budget, tables):
-    """ORACLE, not a policy: keeps what the right answer's own queries attend to most. The upper bound."""
+    """ORACLE, not a policy: keeps what the right answer's own queries attend to most: how little can be lost."""
     if observation.answer is None:
         raise ValueError("hindsight needs the answer's attention, see Observation.answer")
     return list(top(by_kv_head(observation.answer, cache.k[0].shape[1]) * value_norm(cache), budget))

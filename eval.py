@@ -715,7 +715,7 @@ SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a 
     "SnapKV": "snapkv", "SnapKV, mean pool": {"pooled": torch.nn.functional.avg_pool1d}, "SnapKV, kernel 31": {"kernel": 31},
     "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
-PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "SnapKV, kernel 31"), ("CompilerKV", "AdaKV"), ("no gate", "SnapKV"),
+PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "SnapKV, kernel 31"), ("CompilerKV", "AdaKV"), ("CompilerKV", "H2O"), ("no gate", "SnapKV"),
          ("no gate", "AdaKV"), ("CompilerKV", "W = 1"), ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"),
          ("CompilerKV", "constant tau"), ("CompilerKV", "smaller budget"), ("CompilerKV", "paper grid"))
 
@@ -739,7 +739,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
         b = int(np.abs(np.log(tables.budgets / budget)).argmin())
         check = tables.provenance["evidence"]["compilerkv"]["check"][str(tables.budgets[b])]
         tau = torch.full_like(tau, check["constant_tau"] if gate == "constant" else 0.0)
-        budget = max(round(check["kept_mean"]), ckv.MIN_BUDGET) if gate == "smaller" else budget  # what the gate left on held-out prompts
+        budget = max(round(check["kept_mean"]), ckv.MIN_BUDGET) if gate == "smaller" else budget  # what the gate left on calibration prompts
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
