@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import KVCache, Observation, UserError
+from model import KVCache, UserError
 
 SINKS = 4           # first tokens that are always kept: the attention sinks
 N_ENTROPY_BINS, N_PPL_BINS = 20, 4  # risk bins of the gate, as in the paper
@@ -228,9 +228,9 @@ def select_h2o(observation, cache, budget, tables):
     return list(top(s, budget))
 
 
-def snapkv_score(observation, G, window=WINDOW, kernel=7, pooled=F.max_pool1d):
+def snapkv_score(observation, G, kernel=7, pooled=F.max_pool1d):
     """SnapKV's score, (L, G, T): the window's mean attention on the tokens before it, pooled, by KV head; the window on top."""
-    window = min(window, observation.n_tokens - 1)
+    window = min(WINDOW, observation.n_tokens - 1)
     before = attention_level(observation, window, "head")[..., :observation.n_tokens - window]  # (L, H, T - w)
     s = by_kv_head(pooled(before, kernel, stride=1, padding=kernel // 2), G)
     return F.pad(s, (0, window), value=torch.inf)
@@ -270,7 +270,7 @@ def select_adakv(observation, cache, budget, tables, **how):
     """AdaKV (arXiv 2407.11550) over SnapKV: KV heads compete for their layer's entries; a fifth of the budget is safe for each."""
     s = snapkv_score(observation, cache.k[0].shape[1], **how)  # (L, G, T)
     s = s.scatter(-1, top(s, budget // 5), torch.inf)
-    return gate(s, torch.zeros(len(s)), budget)
+    return gate(s, s.new_zeros(len(s)), budget)
 
 
 def select_tova(observation, cache, budget, tables):
@@ -335,7 +335,7 @@ def check_budget(budget):
 
 
 def select(policy, observation, cache, budget, tables=None):
-    """Positions that a policy keeps, one sorted (G, S_l) tensor a layer. Raises UserError for what cannot be run."""
+    """Positions that a policy keeps, one sorted (G, S_l) tensor a layer. Raises UserError for an unknown policy or too small a budget."""
     if policy not in POLICIES:
         raise UserError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
     check_budget(budget)
@@ -373,7 +373,7 @@ class Compiled:
 
 @dataclass
 class Tables:
-    """What offline compilation leaves: one .npz of a few hundred kilobytes, valid for one model only."""
+    """What offline compilation leaves: one .npz of some 15 kilobytes, valid for one model only."""
     budgets: np.ndarray   # (budgets,) tokens a layer that were compiled; others use the nearest in ratio
     fingerprint: str      # of the model's weights
     compiled: dict        # a name of SETTINGS -> Compiled
@@ -450,7 +450,7 @@ def write_atomically(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -211,7 +211,9 @@ def read_records(directory, limit=None, tasks=None):
         for n, line in rows[:limit]:
             try:
                 record = json.loads(line)
-                record["answers"], record["input"], record["context"]  # KeyError names what is missing
+                record["answers"]  # KeyError names what is missing
+                if not all(isinstance(x, str) for x in (record["input"], record["context"], *(record.get("all_classes") or ()))):
+                    raise TypeError("input, context and the names in all_classes must be strings")
                 if not isinstance(record["_id"], str) or record["_id"] in ids:
                     raise TypeError(f"_id {record['_id']!r} is not a string, or occurs twice")
                 if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
@@ -288,7 +290,7 @@ def look_ahead(model, cache, ids):
 def compress(policies, budgets, observation, cache, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four budgets
+    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four times the largest budget
     make a batch of their own, because they would pad all others.
     """
     parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
@@ -557,7 +559,7 @@ def protocol_tables(summary):
     out += lines_of(
         ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]", "kept a layer",
          "gated %", "KV MB", "ms"],
-        [first(s) + [f"{s['score']:.1f}", cell(full and full["score"] and 100 * s["score"] / full["score"], "{:.1f}"),
+        [first(s) + [f"{s['score']:.1f}", cell(100 * s["score"] / full["score"] if full and full["score"] else None, "{:.1f}"),
                      paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
                      paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
                      cell(100 * s["gated"] if s["policy"] in ckv.SETTINGS else None, "{:.0f}"), f"{s['kv_bytes_mean'] / 1e6:.2f}",
@@ -675,9 +677,9 @@ def draw_needles(records, protocol, path, title):
     save_figure(figure, path)
 
 
-def draw_kept(model, record, args, budget, tables, path, width=104):
+def draw_kept(model, record, args, budget, tables, path):
     """Which tokens of one prompt each policy kept, as text: the darker, the more (layer, KV head) pairs kept the token."""
-    prompt, policies = encode(record, model), [p for p in KEPT if p in args.policies]
+    prompt, policies, width = encode(record, model), [p for p in KEPT if p in args.policies], 104  # letters a line
     if not policies:
         return
     _, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
@@ -734,6 +736,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
             layers=False, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
+    learned_W, tau = learned_W.to(cache.k[0].device), tau.to(cache.k[0].device)
     window, kernel = window or rule[0], kernel or rule[1]
     if gate != "learned":
         b = int(np.abs(np.log(tables.budgets / budget)).argmin())
@@ -748,9 +751,8 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
     protected = ckv.protect(s, budget, window)
     protected[..., sinks:ckv.SINKS] = s[..., sinks:ckv.SINKS]
     if layers:  # one competition for all: B tokens a layer on average only
-        protected, shape = protected.reshape(1, -1, protected.shape[-1]), protected.shape
-        everywhere, = ckv.gate(protected, tau[:1], budget)  # (L n_sets, S)
-        return [rows[:, :int((rows >= 0).sum(1).max())].expand(G, -1) for rows in everywhere.view(*shape[:2], -1)]
+        chosen = ckv.highest(protected.flatten(), protected[..., 0].numel() * budget).view_as(protected) & (protected >= tau[0])
+        return [ckv.positions_of(layer).expand(G, -1) for layer in chosen]  # (n_sets, T) -> (G, S_l)
     return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]
 
 
@@ -767,7 +769,7 @@ def ablate_context(model, records, prompts, args, tables):
             batch = ckv.evict(cache, *(row_kept(name, observation, cache, budget, tables) for budget in args.budgets))
             dnll.append((model.nll(batch, logits, prompt.gold) - full).tolist())
             kept.append((batch.kept() / entries).tolist())
-        out.append({"id": record["_id"], "task": record["dataset"], "dnll": dnll, "kept": kept})
+        out.append({"id": record["_id"], "task": record["dataset"], "cut": prompt.cut, "dnll": dnll, "kept": kept})
     return out
 
 
@@ -1087,7 +1089,7 @@ def main(argv=None):
     order = {context: i for i, context in enumerate(dict.fromkeys(number.values()))}
     results = [{**row, "context": order[number[row["id"]]]} for rows, _ in finished for row in rows]
     meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
-            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row.get("cut", False) for row in results)}
+            "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in results)}
     write = write_ablation if args.ablate else write_report
     print(write(model, records, results, meta, args, tables))
     if interrupted:

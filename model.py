@@ -35,7 +35,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the network, named as in the GGUF file's `llama.*` keys."""
+    """Sizes of the network, which `read_config` takes from the GGUF file's `llama.*` keys."""
     n_layer: int
     n_head: int
     n_kv_head: int
@@ -111,7 +111,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Observation:
-    """What prefill saw, which is all that an eviction policy may look at.
+    """What prefill saw; an eviction policy may look at this and at the cache.
 
     attention: (L, H, w, T) probability A[l,h,j,t] that the j-th of the last w queries gives key t, in the model's dtype.
     logprobs: (w,) log P(x_j | x_<j) of the window's tokens; one fewer where the window starts at position 0.
@@ -279,8 +279,8 @@ class Model:
             logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
             if len(logits) == n and last is not None:
                 logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one
-            logprobs = -F.cross_entropy(logits[:-1], ids[0, -n:][-(len(logits) - 1):], reduction="none") \
-                if len(logits) > 1 else logits.new_zeros(0)
+            predicted = ids[0, len(tokens) - len(logits) + 1:]  # the window's tokens that have a predecessor
+            logprobs = -F.cross_entropy(logits[:-1], predicted, reduction="none")  # (w, V) -> (w,)
             observation = Observation(attention, logprobs, summed)
             return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
 
@@ -311,18 +311,18 @@ class Model:
         stop = self.tokenizer.stop if stop is None else stop
         B = len(cache.next_position)
         token, answers = logits.argmax(-1).expand(B), [[] for _ in range(B)]  # (B,)
-        writes = list(answers)  # the answer that each row of the cache writes; None once it has ended
+        writes, done = list(range(B)), set()  # the answer that each row of the cache writes; the answers that have ended
         for step in range(max_new):
-            for i, t in enumerate(token.tolist()):
-                if writes[i] is not None and t not in stop:
-                    writes[i].append(t)
-                if writes[i] is None or t in stop or ended and ended(writes[i]):
-                    writes[i] = None
-            going = [i for i, answer in enumerate(writes) if answer is not None]
+            for i, t in zip(writes, token.tolist()):
+                if i not in done and t not in stop:
+                    answers[i].append(t)
+                if i not in done and (t in stop or ended and ended(answers[i])):
+                    done.add(i)
+            going = [row for row, i in enumerate(writes) if i not in done]
             if not going or step == max_new - 1:
                 break
             if 2 * len(going) <= len(writes):  # half have ended: go on without them
-                cache, token, writes = cache.rows(going), token[going], [writes[i] for i in going]
+                cache, token, writes = cache.rows(going), token[going], [writes[row] for row in going]
             hidden, _, _ = self.forward(token[:, None], cache)
             token = self.logits(hidden[:, -1]).argmax(-1)
         return answers
@@ -431,7 +431,7 @@ def load(path=None, dtype=None, device="cpu"):
     config = read_config(path, meta)
     c, H, G = config, config.n_head, config.n_kv_head
 
-    def take(name, *shape):
+    def take(name, *shape, dtype=dtype):
         """De-quantise one tensor of the shape (out, in) that the configuration asks for."""
         if name not in arrays:
             raise UserError(f"{path}: the tensor {name} is missing; is this a complete Llama model?")
@@ -460,7 +460,7 @@ def load(path=None, dtype=None, device="cpu"):
     norm = take("output_norm.weight", c.n_embd)
     factors = meta.get("llama.rope.scaling.factor", 1.0)
     if "rope_freqs.weight" in arrays:
-        factors = take("rope_freqs.weight", c.head_dim // 2).float()
+        factors = take("rope_freqs.weight", c.head_dim // 2, dtype=torch.float32).cpu()
     if arrays:
         raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
     tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"],
@@ -500,6 +500,8 @@ def read_config(path, meta):
     rank = {token: i for i, token in enumerate(tokens)}
     order = [rank.get(merge.replace(" ", ""), -1) for merge in meta["tokenizer.ggml.merges"]]
     refuse("token ids do not follow the order of the merges", order != sorted(order))
+    text = {c for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind not in (CONTROL, USER_DEFINED) for c in t}
+    refuse("a vocabulary with tokens outside the byte alphabet", not text <= byte_alphabet().keys())
     return Config(meta["llama.block_count"], n_head, get("llama.attention.head_count_kv", n_head), n_embd, head_dim,
                   meta["llama.feed_forward_length"], len(tokens), meta["llama.context_length"],
                   get("llama.rope.freq_base", 10000.0), meta["llama.attention.layer_norm_rms_epsilon"])

@@ -46,7 +46,6 @@ LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of th
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `check` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
-LEARNING_RATE = 3e-4    # of AdamW, as in the paper
 
 
 @dataclasses.dataclass
@@ -54,7 +53,7 @@ class Sample:
     """One calibration prompt, prefilled: all that learning needs."""
     u: dict              # (name of a setting, window) -> (L, H, T) utility of Eq. 4, un-pooled, float16
     risk: tuple          # (entropy, perplexity)
-    mass: torch.Tensor   # (L, G, T) share of the continuation's attention, 0 on tokens that are always kept, sum 1 a layer
+    mass: torch.Tensor   # (L, G, T) the mass of step 1, 0 on tokens that every rule keeps, sum 1 a layer
     looks_back: torch.Tensor  # (L, H) share of the continuation's attention on tokens that compete: does the head retrieve?
     cache: KVCache       # the full one
     logits: torch.Tensor  # (V,) of the last prompt token
@@ -101,6 +100,8 @@ def collect(model, prompt):
     if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
         raise UserError(f"calibration prompt {prompt['id']}: {len(tokens)} tokens are too few to compress; give more than "
                         f"{ckv.MAX_WINDOW + ckv.SINKS}")
+    if not continuation:
+        raise UserError(f"calibration prompt {prompt['id']}: no token of the vocabulary stands in its continuation")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
     before = cache.mark()
@@ -114,8 +115,8 @@ def collect(model, prompt):
     mass[..., :ckv.SINKS] = 0
     mass[..., T - window:] = 0
     looks_back = attention[..., ckv.SINKS:T - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
-    u = {(name, w): ckv.utility(observation, cache, s, w).half() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
-    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), mass / mass.sum((1, 2), keepdim=True), looks_back, cache, logits,
+    u = {(name, w): ckv.utility(observation, cache, s, w).half().cpu() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
+    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), (mass / mass.sum((1, 2), keepdim=True)).cpu(), looks_back.cpu(), cache, logits,
                   continuation, loss_full)
 
 
@@ -184,7 +185,7 @@ def learn_heads(samples, name, rules, budgets, n_layer, n_head):
     for b, budget in enumerate(budgets):
         rewards = head_log(samples, name, rules[b], budget, W[b])
         _, states, actions = np.indices(rewards.shape)
-        bandit = EpsilonGreedy(W[b].size, len(grid), default=neutral)
+        bandit = EpsilonGreedy(W[b].size, len(grid))
         bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
         W[b] = grid[bandit.cautious(neutral)].reshape(n_layer, n_head)
         count += rewards.size
@@ -227,11 +228,11 @@ def compare_learners(log, held_out, seed):
     scale = float(log.std()) or 1.0  # one learning rate, one width of confidence
     best, every, out = log.mean(0).max(-1), np.arange(S), {}  # best: (S,)
     learners = {"random": EpsilonGreedy(S, A, epsilon=1.0), "epsilon-greedy": EpsilonGreedy(S, A),
-                "LinUCB": LinUCB(np.eye(S), A), "conservative Q": ConservativeQ(S, A, lr=LEARNING_RATE)}
+                "LinUCB": LinUCB(np.eye(S), A), "conservative Q": ConservativeQ(S, A)}
     for name, learner in learners.items():
         rng, generator, regret = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
         for rewards in log:  # (S, A)
-            offline = isinstance(learner, ConservativeQ)  # learns from what another, the random one, logs
+            offline = isinstance(learner, ConservativeQ)  # learns from random actions, not from its own
             actions = learner.greedy() if offline else learner.choose(every, rng)
             logged = rng.integers(A, size=S) if offline else actions
             learner.update(every, logged, (rewards[every, logged] / scale).astype(np.float32))
@@ -508,7 +509,7 @@ def main(argv=None):
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)
     stem = out.with_suffix("")
-    ckv.write_atomically(stem.with_suffix(".json"), json.dumps(provenance, indent=1))
+    ckv.write_atomically(out.with_suffix(".json"), json.dumps(provenance, indent=1))
     heat_maps(compiled, budgets, stem)
     curves = dict(evidence["compilerkv"]["learners"])
     budget = curves.pop("budget")

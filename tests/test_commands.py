@@ -284,7 +284,8 @@ def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monke
     interrupt(monkeypatch, train_tables, "collect", 8)
     assert not exit_code(train, world, tmp_path / "t.npz")
     assert "t.partial.npz from 7 prompts" in capsys.readouterr().err
-    assert (tmp_path / "t.partial.npz").exists() and not (tmp_path / "t.npz").exists()
+    assert (tmp_path / "t.partial.npz").exists() and (tmp_path / "t.partial.json").exists()
+    assert not list(tmp_path.glob("t.npz")) + list(tmp_path.glob("t.json"))
 
 
 def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, monkeypatch):
@@ -317,7 +318,7 @@ def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path
     assert not evaluate(world, tmp_path, *chosen)
     part = (tmp_path / "ablation-data.md").read_text()
     lines = [line for line in part.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
-    assert set(lines) < set(report.splitlines()) and len(lines) == 2 * (4 + 1) and "gap" not in part
+    assert set(lines) < set(report.splitlines()) and len(lines) == 2 * (4 + 2) and "gap" not in part
 
 
 # --------------------------------------------------------------------------------------------------------------- speed

@@ -281,6 +281,7 @@ def test_chinese_tasks_are_passed_over_and_refused_by_name(tmp_path):
     (json.dumps(GOOD | {"answers": "yes"}), "list"), (json.dumps(GOOD | {"answers": [1]}), "strings"),
     (json.dumps(GOOD | {"answers": []}), "answer"), (json.dumps(GOOD | {"dataset": 5}), "5"),
     *((json.dumps(GOOD | {"dataset": name}), name) for name in ("gardening", "qasper")),  # no metric; no prompt here
+    (json.dumps(GOOD | {"context": ["x"]}), "strings"), (json.dumps(GOOD | {"all_classes": [1]}), "strings"),
     (json.dumps(GOOD | {"depth": 2}), "depth"), (json.dumps(GOOD | {"needles": 1}), "needles"),
 ])
 def test_malformed_records_are_named_by_file_and_line(tmp_path, line, word):

@@ -484,6 +484,9 @@ def test_linear_rope_scaling_slows_every_rotation(tmp_path):
     scaled = gguf_meta() | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)), scaled)
     assert close(load(tmp_path / "tiny.gguf", "float32").inv_freq, rope_frequencies(TINY) / 4, 1e-9)
+    factors = np.linspace(1.001, 7.003, TINY.head_dim // 2, dtype=np.float32)  # bfloat16 would round them
+    write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)) | {"rope_freqs.weight": factors}, gguf_meta())
+    assert close(load(tmp_path / "tiny.gguf", "bfloat16").inv_freq, rope_frequencies(TINY) / torch.from_numpy(factors), 1e-9)
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -493,6 +496,7 @@ def test_linear_rope_scaling_slows_every_rotation(tmp_path):
     ({"tokenizer.ggml.model": "llama"}, "byte-level"),
     ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
     ({"tokenizer.ggml.merges": ["th e", "t h"]}, "merges"),
+    ({"tokenizer.ggml.tokens": [*byte_alphabet(), "th", "\u65e5", "<s>", "</s>"], "tokenizer.ggml.merges": ["t h"]}, "alphabet"),
 ])
 def test_models_that_would_compute_something_else_are_refused_by_name(tmp_path, changes, word):
     """Guards against a file that loads without complaint and then speaks nonsense."""
