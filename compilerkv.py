@@ -172,8 +172,11 @@ def gate(s, tau, budget):
 
 
 def kept_tokens(u, W, tau, budget, window, n_sets):
-    """Stages 2 and 3 for every layer: utility after `spread` (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l)."""
-    return gate(protect(head_score(u, W, n_sets), budget, window), tau, budget)
+    """Stages 2 and 3 for every layer: utility after `spread` (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l).
+
+    W and tau may stand on the CPU, where tables are, and u on another device.
+    """
+    return gate(protect(head_score(u, W.to(u.device), n_sets), budget, window), tau.to(u.device), budget)
 
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
@@ -184,7 +187,7 @@ def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     if tables is not None:
         (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)
     u = spread(utility(observation, cache, settings, window), window, kernel)  # (L, H, T)
-    kept = kept_tokens(u, W.to(u.device), tau.to(u.device), budget, window, 1 if settings.shared else G)
+    kept = kept_tokens(u, W, tau, budget, window, 1 if settings.shared else G)
     return [positions.expand(G, -1) for positions in kept]  # (1, S_l) or (G, S_l) -> (G, S_l)
 
 
@@ -313,7 +316,7 @@ def select_razor(observation, cache, budget, tables):
 
 
 def select_hindsight(observation, cache, budget, tables):
-    """ORACLE, not a policy: keeps what the right answer's own queries attend to most: how little can be lost."""
+    """ORACLE, not a policy: keeps what the right answer's own queries attend to most. Shows how little can be lost."""
     if observation.answer is None:
         raise ValueError("hindsight needs the answer's attention, see Observation.answer")
     return list(top(by_kv_head(observation.answer, cache.k[0].shape[1]) * value_norm(cache), budget))

@@ -45,6 +45,7 @@ RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interv
 PROMPT_SHARE = 7500 / 8192  # of the model's context: longer prompts lose their middle, as LongBench cuts for 8k models
 GOLD = 64              # tokens of the gold answer whose loss is measured, at most
 KEPT = ("streaming", "tova", "h2o", "snapkv", "adakv", "compilerkv-paper", "compilerkv", "hindsight")  # whose kept tokens are drawn
+ORACLE = "hindsight (oracle)"  # what reports call the policy `hindsight`
 RIGHT = 50             # a score from which an answer counts as right when failures are counted
 
 
@@ -211,7 +212,6 @@ def read_records(directory, limit=None, tasks=None):
         for n, line in rows[:limit]:
             try:
                 record = json.loads(line)
-                record["answers"]  # KeyError names what is missing
                 if not all(isinstance(x, str) for x in (record["input"], record["context"], *(record.get("all_classes") or ()))):
                     raise TypeError("input, context and the names in all_classes must be strings")
                 if not isinstance(record["_id"], str) or record["_id"] in ids:
@@ -290,8 +290,8 @@ def look_ahead(model, cache, ids):
 def compress(policies, budgets, observation, cache, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four times the largest budget
-    make a batch of their own, because they would pad all others.
+    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four times
+    the largest budget make a batch of their own, because they would pad all others.
     """
     parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
     for policy, budget in itertools.product(policies, budgets):
@@ -706,7 +706,6 @@ def draw_kept(model, record, args, budget, tables, path):
 
 # ----------------------------------------------------------------------------------------------------------- ablations
 
-ORACLE = "hindsight (oracle)"
 SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a string: another policy
     "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
     "smaller budget": {"gate": "smaller"}, "W = 1, no gate": {"W": False, "gate": "none"},
@@ -871,7 +870,7 @@ def timed_compilerkv(observation, cache, budget, tables):
     times.append(clock(device))
     u = ckv.spread(ckv.utility(observation, cache, ckv.OURS, window), window, kernel)  # (L, H, T)
     times.append(clock(device))
-    kept = ckv.kept_tokens(u, W.to(device), tau.to(device), budget, window, G)  # L x (G, S_l)
+    kept = ckv.kept_tokens(u, W, tau, budget, window, G)  # L x (G, S_l)
     times.append(clock(device))
     small = ckv.evict(cache, kept)
     times.append(clock(device))
