@@ -69,7 +69,7 @@ def attention_level(observation, window, scope, queries="mean"):
     return alpha
 
 
-def spread(u, window, kernel):
+def spread(u, window, kernel, sinks=SINKS):
     """Max-pool u over kernel // 2 tokens to both sides, (L, H, T) -> (L, H, T): neighbours of a token that matters matter.
 
     Sinks and window are kept in any case and lend nothing to their neighbours. Kernel 1: u, the paper's formula.
@@ -77,7 +77,7 @@ def spread(u, window, kernel):
     if kernel == 1:
         return u
     u = u.clone()
-    u[..., :SINKS] = 0
+    u[..., :sinks] = 0
     u[..., max(u.shape[-1] - window, 0):] = 0
     return F.max_pool1d(u, kernel, stride=1, padding=kernel // 2)
 
@@ -130,11 +130,11 @@ def risk(observation, window):
     return min(max(entropy, 0.0), float(np.log(observation.n_tokens))), max(perplexity, 1.0)
 
 
-def protect(s, budget, window):
+def protect(s, budget, window, sinks=SINKS):
     """Give the sinks and the window's tokens an infinite score. Where they alone exceed the budget, fewer window tokens."""
     s, T = s.clone(), s.shape[-1]
-    s[..., :SINKS] = torch.inf
-    s[..., T - min(window, max(budget - SINKS, 1), T):] = torch.inf
+    s[..., :sinks] = torch.inf
+    s[..., T - min(window, max(budget - sinks, 1), T):] = torch.inf
     return s
 
 

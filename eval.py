@@ -706,19 +706,20 @@ def draw_kept(model, record, args, budget, tables, path):
 
 # ----------------------------------------------------------------------------------------------------------- ablations
 
-SWITCHES = {  # what one row changes in CompilerKV as compiled, or in SnapKV; a string: another policy
-    "CompilerKV": {}, "W = 1": {"W": False}, "no gate": {"gate": "none"}, "constant tau": {"gate": "constant"},
-    "smaller budget": {"gate": "smaller"}, "W = 1, no gate": {"W": False, "gate": "none"},
-    "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"}, "mean of the queries": {"queries": "mean"},
-    "one set a layer": {"shared": True}, "no value norm": {"norm": False}, "sinks not protected": {"sinks": 0},
-    "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8}, "window 32": {"window": 32},
-    "window 64": {"window": 64}, "layers compete": {"layers": True}, "paper grid": "compilerkv-paper", ORACLE: "hindsight",
+PARTS = {  # each changes one thing in CompilerKV as compiled, without the gate, so that all keep as many tokens
+    "W = 1, no gate": {"W": False}, "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"},
+    "mean of the queries": {"queries": "mean"}, "one set a layer": {"shared": True}, "no value norm": {"norm": False},
+    "sinks not protected": {"sinks": 0}, "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8},
+    "window 32": {"window": 32}, "window 64": {"window": 64}, "layers compete": {"layers": True}}
+SWITCHES = {  # all rows; a dict changes CompilerKV or SnapKV, a string is another policy
+    "CompilerKV": {"gate": "learned"}, "W = 1": {"gate": "learned", "W": False}, "constant tau": {"gate": "constant"},
+    "smaller budget": {"gate": "smaller"}, "no gate": {}, **PARTS, "paper grid": "compilerkv-paper", ORACLE: "hindsight",
     "SnapKV": "snapkv", "SnapKV, mean pool": {"pooled": torch.nn.functional.avg_pool1d}, "SnapKV, kernel 31": {"kernel": 31},
     "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
-PAIRS = (("CompilerKV", "SnapKV"), ("CompilerKV", "SnapKV, kernel 31"), ("CompilerKV", "AdaKV"), ("CompilerKV", "H2O"), ("no gate", "SnapKV"),
-         ("no gate", "AdaKV"), ("CompilerKV", "W = 1"), ("no gate", "W = 1, no gate"), ("CompilerKV", "no gate"),
-         ("CompilerKV", "constant tau"), ("CompilerKV", "smaller budget"), ("CompilerKV", "paper grid"))
+PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "AdaKV", "H2O", "W = 1", "no gate", "constant tau",
+                                               "smaller budget", "paper grid")),
+         *(("no gate", other) for other in ("SnapKV", "AdaKV", "H2O", *PARTS)))
 
 
 def row_kept(name, observation, cache, budget, tables):
@@ -731,7 +732,7 @@ def row_kept(name, observation, cache, budget, tables):
     return ablated(observation, cache, budget, tables, **change)
 
 
-def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
+def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
             layers=False, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
@@ -746,13 +747,12 @@ def ablated(observation, cache, budget, tables, W=True, gate="learned", norm=Tru
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
         ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.attention.shape[:2], -1)
-    s = ckv.head_score(ckv.spread(alpha_rho, window, kernel), learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G)
-    protected = ckv.protect(s, budget, window)
-    protected[..., sinks:ckv.SINKS] = s[..., sinks:ckv.SINKS]
+    u = ckv.spread(alpha_rho, window, kernel, sinks)  # (L, H, T)
+    s = ckv.protect(ckv.head_score(u, learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G), budget, window, sinks)
     if layers:  # one competition for all: B tokens a layer on average only
-        chosen = ckv.highest(protected.flatten(), protected[..., 0].numel() * budget).view_as(protected) & (protected >= tau[0])
+        chosen = ckv.highest(s.flatten(), s[..., 0].numel() * budget).view_as(s)
         return [ckv.positions_of(layer).expand(G, -1) for layer in chosen]  # (n_sets, T) -> (G, S_l)
-    return [kept.expand(G, -1) for kept in ckv.gate(protected, tau, budget)]
+    return [kept.expand(G, -1) for kept in ckv.gate(s, tau, budget)]
 
 
 def ablate_context(model, records, prompts, args, tables):
