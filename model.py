@@ -54,13 +54,15 @@ class KVCache:
     """Keys and values of every layer, each slot labelled with the position its token had in the prompt.
 
     k[l], v[l]: (B, G, C, D) rotated keys and values; C is the capacity, of which length[l] = S slots are in use.
-    slots[l]: (B, G, C) int64 original position of each slot, -1 for padding. next_position: (B,) of the token to come.
+    slots[l]: (B, G, C) int64 original position of each slot, -1 for padding, which `padded` tells of. next_position: (B,) of
+    the token to come.
     Slots need not be in order: a query at position p sees exactly the slots with 0 <= position <= p.
     """
 
     def __init__(self, k, v, slots, next_position, length=None):
         self.k, self.v, self.slots, self.next_position = list(k), list(v), list(slots), next_position
         self.length = list(length) if length else [s.shape[2] for s in slots]
+        self.padded = any(bool((self.layer(l)[2] < 0).any()) for l in range(len(self.k)))
 
     @classmethod
     def empty(cls, config, dtype, device):
@@ -177,28 +179,31 @@ def visible(slots, positions):
     return (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])
 
 
-def attend(q, k, v, slots, positions):
-    """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
+def attend(q, k, v, mask):
+    """Attention of q (B, H, n, D) on k, v (B, G, S, D) where mask (B, G, n, S) allows (None: everywhere) -> (B, H, n, D).
 
     K and V are not repeated to H heads.
     """
     B, H, n, D = q.shape
     G = k.shape[1]
-    mask = visible(slots, positions)[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
+    if mask is not None:
+        mask = mask[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
     return y.view(B, H, n, D)
 
 
-def observe_attention(q, k, slots, positions, out=None):
-    """What `attend` does not tell: the probabilities of a batch of one, (H, n, S) in the model's dtype, written into `out`.
+def observe_attention(q, k, first, out=None):
+    """What attention does not tell: the probabilities of one sequence's queries at positions first, first + 1 .. on all keys.
 
-    Arguments as there; slots of (1, 1, S) are every head's.
+    q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
+    dtype, written into `out`.
     """
     _, H, n, D = q.shape
     G, S = k.shape[1:3]
-    scores = (q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)  # (G, R n, S)
-    hidden = ~visible(slots, positions).transpose(0, 1)  # (1, G, n, S) -> (G, 1, n, S)
-    return torch.softmax(scores.view(G, -1, n, S).masked_fill_(hidden, -torch.inf).view(H, n, S), -1, out=out)
+    scores = ((q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
+    future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
+    scores[..., first + 1:].masked_fill_(future, -torch.inf)
+    return torch.softmax(scores, -1, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -220,15 +225,16 @@ class Model:
         `attention` (L, H, observe, S): probabilities of the last `observe` queries; `summed` (L, H, S): of all, if `total`.
         Raises UserError when the tokens do not fit into the model's context.
         """
-        c, (B, n) = self.config, tokens.shape
+        c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
         positions = cache.next_position[:, None] + torch.arange(n, device=self.device)  # (B, n)
-        if int(positions.max()) >= c.context_length:
-            raise UserError(f"{int(positions.max()) + 1} tokens do not fit into the model's context of "
-                            f"{c.context_length}: shorten the prompt or the answer")
+        end = int(positions.max()) + 1
+        if end > c.context_length:
+            raise UserError(f"{end} tokens do not fit into the model's context of {c.context_length}: shorten the prompt or the answer")
+        if (observe or total) and not S == end == n + min(cache.length):
+            raise ValueError("attention can be observed on a cache that nothing was evicted from, no other")
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
-        prompt, S = cache.length[0] == 0, cache.length[0] + n
         x = self.embedding[tokens]  # (B, n, E)
         attention = x.new_empty(c.n_layer, c.n_head, observe, S) if observe else None
         summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
@@ -239,16 +245,14 @@ class Model:
             q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
             cache.append(l, k, v, positions)
             keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-            if prompt:  # every query sees all slots up to its own: the library's kernel needs no mask
+            if S == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
                 y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-                slots = positions[:, None]  # the same for every head: (B, 1, n)
             else:
-                y = attend(q, keys, values, slots, positions)
+                y = attend(q, keys, values, visible(slots, positions) if n > 1 or cache.padded else None)
             if observe:
-                observe_attention(q[:, :, -observe:], keys, slots, positions[:, -observe:], out=attention[l])
-            if total:  # in blocks, so that no n x S matrix is held
-                for part, at in zip(q.split(QUERY_BLOCK, dim=2), positions.split(QUERY_BLOCK, dim=1)):
-                    summed[l] += observe_attention(part, keys, slots, at).sum(1, dtype=torch.float32)  # (H, S)
+                observe_attention(q[:, :, -observe:], keys, S - observe, out=attention[l])
+            for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
+                summed[l] += observe_attention(q[:, :, i:i + QUERY_BLOCK], keys, S - n + i).sum(1, dtype=torch.float32)  # (H, S)
             x = x + linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
             gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
@@ -428,13 +432,18 @@ def load(path=None, dtype=None, device="cpu"):
         arrays = {t.name: t for t in reader.tensors}
     except Exception as error:  # the reader raises many kinds on a damaged file
         raise UserError(f"{path}: not a readable GGUF file ({error})") from None
-    config = read_config(path, meta)
-    c, H, G = config, config.n_head, config.n_kv_head
+    try:
+        return read_model(path, meta, arrays, dtype, device)
+    except KeyError as key:
+        raise UserError(f"{path}: {key} is missing; is this a complete Llama model?") from None
+
+
+def read_model(path, meta, arrays, dtype, device):
+    """The Model of a file's metadata and its tensors by name. Raises KeyError for what is missing."""
+    c = read_config(path, meta)
 
     def take(name, *shape, dtype=dtype):
         """De-quantise one tensor of the shape (out, in) that the configuration asks for."""
-        if name not in arrays:
-            raise UserError(f"{path}: the tensor {name} is missing; is this a complete Llama model?")
         tensor = arrays.pop(name)
         w = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         if w.shape != shape:
@@ -449,11 +458,11 @@ def load(path=None, dtype=None, device="cpu"):
     blocks = []
     for l in range(c.n_layer):
         p = f"blk.{l}."
-        qkv = torch.cat((heads(p + "attn_q.weight", H), heads(p + "attn_k.weight", G),
-                         take(p + "attn_v.weight", G * c.head_dim, c.n_embd)))
+        qkv = torch.cat((heads(p + "attn_q.weight", c.n_head), heads(p + "attn_k.weight", c.n_kv_head),
+                         take(p + "attn_v.weight", c.n_kv_head * c.head_dim, c.n_embd)))
         gate_up = torch.cat([take(p + name, c.n_ff, c.n_embd) for name in ("ffn_gate.weight", "ffn_up.weight")])
         blocks.append(Block(take(p + "attn_norm.weight", c.n_embd), qkv,
-                            take(p + "attn_output.weight", c.n_embd, H * c.head_dim),
+                            take(p + "attn_output.weight", c.n_embd, c.n_head * c.head_dim),
                             take(p + "ffn_norm.weight", c.n_embd), gate_up, take(p + "ffn_down.weight", c.n_embd, c.n_ff)))
     embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
     head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
@@ -467,16 +476,13 @@ def load(path=None, dtype=None, device="cpu"):
                           meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.chat_template"),
                           meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"],
                           meta.get("tokenizer.ggml.add_bos_token", False))
-    return Model(config, embedding, blocks, norm, head, rope_frequencies(config, factors).to(device),
+    return Model(c, embedding, blocks, norm, head, rope_frequencies(c, factors).to(device),
                  hashlib.sha256(path.read_bytes()).hexdigest(), tokenizer, meta.get("general.name", path.stem))
 
 
 def read_config(path, meta):
-    """Configuration from the file's metadata. Raises UserError naming what would load and then compute something else."""
-    needed = ("general.architecture", "llama.block_count", "llama.attention.head_count", "llama.embedding_length",
-              "llama.feed_forward_length", "llama.context_length", "llama.attention.layer_norm_rms_epsilon",
-              "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
-              "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+    """Configuration from the file's metadata. Raises UserError for what would load and then compute something else, KeyError
+    for what is missing."""
     get = meta.get
 
     def refuse(reason, found):
@@ -486,8 +492,6 @@ def read_config(path, meta):
     refuse(f"architecture {get('general.architecture')!r}; only 'llama' runs here", get("general.architecture") != "llama")
     refuse(f"a {get('tokenizer.ggml.model')!r} vocabulary; only byte-level BPE ('gpt2') is read",
            get("tokenizer.ggml.model") != "gpt2")
-    for key in needed:
-        refuse(f"the setting {key} is missing", key not in meta)
     n_head, n_embd, tokens = meta["llama.attention.head_count"], meta["llama.embedding_length"], meta["tokenizer.ggml.tokens"]
     head_dim = get("llama.attention.key_length", n_embd // n_head)
     scaling, pre = get("llama.rope.scaling.type", "none"), get("tokenizer.ggml.pre", "gpt-2")

@@ -98,10 +98,8 @@ def all_kept(T):
 
 def masked(cache, kept):
     """A copy of the cache that still holds every slot, those not kept hidden by position -1."""
-    out = copy.deepcopy(cache)
-    for l, positions in enumerate(kept):
-        out.slots[l] = torch.full_like(out.slots[l], -1).scatter(2, positions[None], positions[None])
-    return out
+    slots = [torch.full_like(old, -1).scatter(2, positions[None], positions[None]) for old, positions in zip(cache.slots, kept)]
+    return KVCache(copy.deepcopy(cache.k), copy.deepcopy(cache.v), slots, cache.next_position, cache.length)
 
 
 def close(a, b, tolerance=1e-5):
@@ -169,17 +167,19 @@ def test_many_questions_can_follow_one_context():
 @properties
 @given(T=st.integers(2, 30), n=st.integers(1, 8), seed=seeds)
 @example(T=20, n=QUERY_BLOCK + 5, seed=0)
-def test_attention_in_blocks_equals_the_plain_one_behind_padding(T, n, seed):
-    """Guards against an observed pass that sees padding, or a later token, or another number than the pass that decodes."""
+def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n, seed):
+    """Guards against a pass that observes other numbers than it computes with, and against keys whose position is not their place."""
     _, cache, _ = MODEL.prefill(random_tokens(T, seed), window=1)
-    cache, ids = masked(cache, random_kept(T, seed)), torch.tensor([random_tokens(n, seed + 1)])
-    mark = cache.mark()
+    mark, ids = cache.mark(), torch.tensor([random_tokens(n, seed + 1)])
     plain = MODEL.forward(ids, cache)[0]
     cache.rewind(mark)
-    blocks, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
-    assert close(blocks, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
-    hidden = torch.stack([layer[0, :, :T] < 0 for layer in cache.slots]).repeat_interleave(H // G, 1)  # (L, H, T)
-    assert not summed[..., :T][hidden].any()
+    observed, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
+    assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
+    assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
+    cache.rewind(mark)
+    for kept in ([torch.arange(1, T).expand(G, -1)] * L, [torch.arange(T - (l > 0)).expand(G, -1) for l in range(L)]):
+        with pytest.raises(ValueError, match="evicted"):
+            MODEL.forward(ids, evict(cache, kept), total=True)
 
 
 @properties
