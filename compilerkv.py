@@ -12,7 +12,7 @@ average at most `budget` are kept. No model is run here. Letters as in model.py:
 import io
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +60,8 @@ def attention_level(observation, window, scope, queries="mean"):
     join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
     received = torch.stack([join(A[:, -window:]) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
     alpha = observation.n_tokens * received
-    if scope == "model":
-        alpha = alpha.mean((0, 1), keepdim=True)  # -> (1, 1, T)
-    elif scope == "layer":
-        alpha = alpha.mean(1, keepdim=True)  # -> (L, 1, T)
-    elif scope != "head":
-        raise ValueError(f"scope must be model, layer or head, not {scope!r}")
-    return alpha
+    averaged = {"model": (0, 1), "layer": (1,), "head": ()}[scope]
+    return alpha.mean(averaged, keepdim=True) if averaged else alpha  # -> (1, 1, T), (L, 1, T) or (L, H, T)
 
 
 def spread(u, window, kernel, sinks=SINKS):
@@ -239,9 +234,9 @@ def snapkv_score(observation, G, kernel=7, pooled=F.max_pool1d):
     return F.pad(s, (0, window), value=torch.inf)
 
 
-def select_snapkv(observation, cache, budget, tables):
-    """SnapKV (arXiv 2404.14469): each KV head keeps what the window's queries attend to."""
-    return list(top(snapkv_score(observation, cache.k[0].shape[1]), budget))
+def select_snapkv(observation, cache, budget, tables, **how):
+    """SnapKV (arXiv 2404.14469): each KV head keeps what the window's queries attend to. how: see `snapkv_score`."""
+    return list(top(snapkv_score(observation, cache.k[0].shape[1], **how), budget))
 
 
 def pyramid_budgets(budget, n_layer, window, n_tokens, beta=20):
@@ -404,9 +399,7 @@ class Tables:
         try:
             with np.load(path, allow_pickle=False) as file:
                 data = {key: file[key] for key in file.files}
-            names = {key.split("/")[0] for key in data if "/" in key}
-            compiled = {name: Compiled(**{key.split("/")[1]: value for key, value in data.items()
-                                          if key.startswith(name + "/")}) for name in sorted(names)}
+            compiled = {name: Compiled(*(data[f"{name}/{part.name}"] for part in fields(Compiled))) for name in SETTINGS}
             tables = cls(data["budgets"], str(data["fingerprint"]), compiled, data["retrieval"], json.loads(str(data["provenance"])))
         except FileNotFoundError:
             raise UserError(f"{path}: no such tables; compile them with `python train_tables.py`") from None
@@ -427,10 +420,8 @@ class Tables:
             raise UserError(f"{path}: damaged tables file (retrieval)")
         shapes = {"rules": (n, 2), "W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
                   "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
-        for name in SETTINGS:
-            if name not in self.compiled:
-                raise UserError(f"{path}: no tables for {name}; compile them anew with `python train_tables.py`")
-            for key, array in vars(self.compiled[name]).items():
+        for name, compiled in self.compiled.items():
+            for key, array in vars(compiled).items():
                 if array.dtype.kind != "f" or array.shape != shapes[key] or not np.isfinite(array).all():
                     raise UserError(f"{path}: {name}/{key} has shape {array.shape} or entries that are not finite numbers; "
                                     f"expected {shapes[key]}")

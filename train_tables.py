@@ -69,10 +69,9 @@ class Sample:
 def read_prompts(path, limit):
     """Calibration prompts from JSON lines. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}; --data needs the calibration corpus, as JSON lines") from None
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --data needs the calibration corpus, as JSON lines") from None
     prompts = []
     for n, line in enumerate(lines, 1):
         if line.strip():
@@ -104,9 +103,8 @@ def collect(model, prompt):
         raise UserError(f"calibration prompt {prompt['id']}: no token of the vocabulary stands in its continuation")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
-    before = cache.mark()
     _, attention, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
-    cache.rewind(before)
+    cache.rewind(len(continuation))
     attention = attention[..., :len(tokens)].float()  # (L, H, n, T + n) -> (L, H, n, T)
     needed = attention.amax(2)  # -> (L, H, T)
     L, H, T = needed.shape
@@ -127,55 +125,38 @@ def sets_of(name, model_config):
     return 1 if ckv.SETTINGS[name].shared else model_config.n_kv_head
 
 
-def threshold(s, budget, window):
-    """The scores that compete, (..., L, n_sets, T) -> (..., L, N), and the lowest that still finds a place, (..., L, 1).
+def head_rewards(sample, name, rule, budget):
+    """Reward of every grid value for every head, all others at 1, less that of 1: (A, L, H).
 
-    All that tie with it count as kept here: a plateau of the pool may exceed the budget by its width, for every action alike.
+    The reward is the share of a layer's mass on the entries that find a place beside sinks and window; all that tie with the
+    lowest of them count: a plateau of the pool may exceed the budget by its width, for every action alike. Heads are compared
+    at the full budget: under a threshold, a head of larger W would be paid for the tokens that it adds.
     """
-    window = min(window, budget - ckv.SINKS)
-    places = s.shape[-2] * (budget - ckv.SINKS - window)
-    competing = s[..., ckv.SINKS:s.shape[-1] - window].flatten(-2)  # (..., L, n_sets T')
-    if places == 0:
-        return competing, competing.new_full((*competing.shape[:-1], 1), torch.inf)
-    if places >= competing.shape[-1]:
-        return competing, competing.new_full((*competing.shape[:-1], 1), -torch.inf)
-    return competing, competing.kthvalue(competing.shape[-1] - places + 1, dim=-1, keepdim=True).values
-
-
-def competing_mass(sample, n_sets, budget, window):
-    """The mass of the tokens that compete, in the layout of `threshold`: (L, n_sets T')."""
-    window = min(window, budget - ckv.SINKS)
-    mass = sample.mass if n_sets > 1 else sample.mass.sum(1, keepdim=True)  # (L, n_sets, T)
-    return mass[..., ckv.SINKS:mass.shape[-1] - window].flatten(1)
-
-
-def head_rewards(sample, name, rule, budget, W):
-    """Reward of every grid value for every head, others as in W (L, H), less that of W = 1: (A, L, H).
-
-    Heads are compared at the full budget: under a threshold, a head of larger W would be paid for the tokens that it adds.
-    """
-    settings, (L, H) = ckv.SETTINGS[name], W.shape
-    n_sets = 1 if settings.shared else sample.mass.shape[1]
+    settings, (L, G, T), window = ckv.SETTINGS[name], sample.mass.shape, min(rule[0], budget - ckv.SINKS)
+    u, mass = (x[..., ckv.SINKS:T - window] for x in (sample.pooled(name, rule), sample.mass))  # (L, H, T'), (L, G, T')
+    n_sets, H = 1 if settings.shared else G, u.shape[1]
+    mass = (mass if n_sets > 1 else mass.sum(1, keepdim=True)).flatten(1)  # (L, N) with N = n_sets T' entries that compete
+    places, N = n_sets * (budget - ckv.SINKS - window), mass.shape[1]
     grid = torch.tensor(settings.W_grid, dtype=torch.float32)
-    neutral = int(grid.log().abs().argmin())
-    u, window = sample.pooled(name, rule), rule[0]
-    mass = competing_mass(sample, n_sets, budget, window)
-    weighted, rewards = W[:, :, None] * u, []  # (L, H, T)
+    neutral, rewards = int(grid.log().abs().argmin()), []
+    if places == 0:  # sinks and window take all
+        return torch.zeros(len(grid), L, H)
     for h in range(H):
-        others = weighted.clone()
+        others = u.clone()
         others[:, h] = 0
         g = h * n_sets // H
-        s = others.view(L, n_sets, H // n_sets, -1).amax(2).expand(len(grid), -1, -1, -1).clone()  # (A, L, n_sets, T)
+        s = others.view(L, n_sets, H // n_sets, -1).amax(2).expand(len(grid), -1, -1, -1).clone()  # (A, L, n_sets, T')
         s[:, :, g] = torch.maximum(s[:, :, g], grid[:, None, None] * u[:, h])
-        competing, lowest = threshold(s, budget, window)
-        share = (mass * (competing >= lowest)).sum(-1)  # (A, L)
+        s = s.flatten(2)  # -> (A, L, N)
+        lowest = s.kthvalue(N - min(places, N) + 1, dim=-1, keepdim=True).values  # that finds a place: (A, L, 1)
+        share = (mass * (s >= lowest)).sum(-1)  # (A, L)
         rewards.append(share - share[neutral])
     return torch.stack(rewards, -1)
 
 
-def head_log(samples, name, rule, budget, W):
+def head_log(samples, name, rule, budget):
     """The complete log of one budget: reward of every prompt, head (layer by layer) and action, (P, L H, A)."""
-    return np.stack([head_rewards(s, name, rule, budget, torch.from_numpy(W).float()).flatten(1).T.numpy() for s in samples])
+    return np.stack([head_rewards(s, name, rule, budget).flatten(1).T.numpy() for s in samples])
 
 
 def learn_heads(samples, name, rules, budgets, n_layer, n_head):
@@ -183,7 +164,7 @@ def learn_heads(samples, name, rules, budgets, n_layer, n_head):
     grid, W, count = np.array(ckv.SETTINGS[name].W_grid), np.ones((len(budgets), n_layer, n_head)), 0
     neutral = int(np.abs(np.log(grid)).argmin())
     for b, budget in enumerate(budgets):
-        rewards = head_log(samples, name, rules[b], budget, W[b])
+        rewards = head_log(samples, name, rules[b], budget)
         _, states, actions = np.indices(rewards.shape)
         bandit = EpsilonGreedy(W[b].size, len(grid))
         bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
@@ -395,7 +376,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         evidence["roll_outs"] = progress.n
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (head_log(half, name, rules[b], budgets[b], one) for half in halves(samples))
+        log, held_out = (head_log(half, name, rules[b], budgets[b]) for half in halves(samples))
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
             for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import CONTROL, Block, Config, Model, Tokenizer, UserError, byte_alphabet, default_path, rope_frequencies
+from model import BYTE_ALPHABET, CONTROL, Block, Config, Model, Tokenizer, UserError, default_path, rope_frequencies
 
 TINY = Config(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, n_ff=24, vocab_size=260, context_length=128,
               rope_base=5000.0, norm_eps=1e-6)
@@ -71,7 +71,7 @@ def gguf_meta(config=TINY):
         "llama.feed_forward_length": config.n_ff, "llama.attention.head_count": config.n_head,
         "llama.attention.head_count_kv": config.n_kv_head, "llama.rope.freq_base": config.rope_base,
         "llama.attention.layer_norm_rms_epsilon": config.norm_eps, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": [*byte_alphabet(), "th", "the", "<s>", "</s>"],
+        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": [*BYTE_ALPHABET, "th", "the", "<s>", "</s>"],
         "tokenizer.ggml.token_type": [1] * 258 + [CONTROL] * 2, "tokenizer.ggml.merges": ["t h", "th e"],
         "tokenizer.ggml.bos_token_id": 258, "tokenizer.ggml.eos_token_id": 259,
     }

@@ -7,6 +7,7 @@ import collections
 import importlib.metadata
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -104,7 +105,9 @@ def refused(command, world, out, arguments, capsys):
     *((evaluate, f"--budgets={budget}", f"at least {MIN_BUDGET}") for budget in ("0", "-5", "35", "64,35")),
     *((evaluate, f"--budgets={budget}", "whole numbers") for budget in ("abc", "64.5", "")),
     (evaluate, "--protocols=query-blind", "query-blind"), (evaluate, "--tasks=none", "--tasks none"),
-    (evaluate, "--protocols=,", "empty"), (evaluate, "--rows=W = 2", "'W = 2'"), (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"), (evaluate, "--data={}/none", "{}/none"),
+    (evaluate, "--protocols=,", "empty"), (evaluate, "--ablate --rows=W", "row 'W'"), (evaluate, "--rows=H2O", "--ablate"),
+    (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"),
+    (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
@@ -114,8 +117,7 @@ def refused(command, world, out, arguments, capsys):
 ])
 def test_impossible_options_are_refused_in_one_line(world, tmp_path, capsys, command, argument, word):
     """Guards against a stack trace, a long run that fails at its end, or numbers from tables of another model."""
-    [line] = refused(command, world, tmp_path / "out.npz", argument.format(world).split(" --full")[:1] + ["--full"] * ("--full" in argument),
-                     capsys)
+    [line] = refused(command, world, tmp_path / "out.npz", re.split(" (?=--)", argument.format(world)), capsys)
     assert line.startswith("error: ") and word.format(world) in line
 
 
@@ -291,7 +293,7 @@ def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monke
 def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, monkeypatch):
     """Guards against results cut in half by a full disk, and against litter beside them."""
     shutil.copytree(world / "results", tmp_path / "results")
-    content = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    content = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir() if "unfinished" not in path.name}
     before = content()
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no space left on device")))
     assert exit_code(evaluate, world, tmp_path / "results") == exit_code(train, world, tmp_path / "t.npz") == 2
@@ -319,6 +321,16 @@ def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path
     part = (tmp_path / "ablation-data.md").read_text()
     lines = [line for line in part.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
     assert set(lines) < set(report.splitlines()) and len(lines) == 2 * (4 + 4) and "gap" not in part
+
+
+def test_the_row_with_a_smaller_budget_never_keeps_more(world):
+    """Guards against the size of a compiled budget that stands in for a smaller one that was asked for."""
+    model = load(world / "tiny.gguf", "float32")
+    tables = Tables.load(world / "t.npz", model)
+    logits, cache, observation = model.prefill([t % 256 for t in range(300)], MAX_WINDOW)
+    for budget in (90, 180, 400):
+        kept = evaluation.SWITCHES["smaller budget"](observation, cache, budget, tables)
+        assert all((layer >= 0).sum() <= budget * len(layer) for layer in kept)
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -401,7 +413,7 @@ def test_speed_times_the_selection_that_is_really_made(world):
         slots = [s[0] for s in small.slots]  # (1, G, S_l) -> (G, S_l)
         assert len(kept) == 2 and all(map(torch.equal, kept, expected)) and all(map(torch.equal, slots, expected))
         assert len(seconds) == len(evaluation.STAGES) and (seconds > 0).all()
-    before, nll = cache.mark(), model.nll(cache, logits, tokens[:20])
+    before, nll = (list(cache.length), cache.next_position), model.nll(cache, logits, tokens[:20])
     evaluation.decode_ms(model, cache, logits.argmax().view(1, 1))
     assert cache.length == before[0] and torch.equal(cache.next_position, before[1]) and cache.nbytes == 300 * 256
     assert torch.equal(model.nll(cache, logits, tokens[:20]), nll)

@@ -110,7 +110,7 @@ def test_alpha_looks_at_the_last_queries_only():
     observation, _ = random_prompt(seed=1, T=100, w=64)
     shorter = Observation(observation.attention[:, :, 32:], observation.logprobs[32:])
     assert torch.equal(attention_level(observation, 32, "head"), attention_level(shorter, 64, "head"))
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         attention_level(observation, 32, "heads")
     assert torch.equal(attention_level(observation, 32, "head", "max"), 100 * observation.attention[:, :, 32:].amax(2))
 
@@ -659,7 +659,7 @@ def test_a_missing_method_is_refused_by_name(tmp_path, name):
     tables.save(path)
     with pytest.raises(UserError) as error:
         Tables.load(path, MODEL)
-    assert_one_line(error, path, f"for {name};")
+    assert_one_line(error, path, name)
 
 
 @pytest.mark.parametrize("key", ["budgets", "fingerprint", "provenance", "compilerkv/T_gate"])

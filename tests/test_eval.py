@@ -268,10 +268,10 @@ def test_chinese_tasks_are_passed_over_and_refused_by_name(tmp_path):
     write_data(tmp_path, [json.dumps(GOOD)])
     write_data(tmp_path, ["{nor this}"], stem="qasper_e")
     assert [r["_id"] for r in read_records(tmp_path)] == ["x-0"]
-    for name, word in (("dureader", "Chinese"), ("gardening", "no gardening.jsonl")):
+    for name, words in (("dureader", ["Chinese"]), ("gardening", ["no gardening.jsonl", "there are qasper_e, some"])):
         with pytest.raises(UserError) as error:
             read_records(tmp_path, tasks=[name])
-        assert_one_line(error, name, word, "there are qasper_e, some")
+        assert_one_line(error, name, *words)
 
 
 @pytest.mark.parametrize("line, word", [
@@ -282,6 +282,7 @@ def test_chinese_tasks_are_passed_over_and_refused_by_name(tmp_path):
     (json.dumps(GOOD | {"answers": []}), "answer"), (json.dumps(GOOD | {"dataset": 5}), "5"),
     *((json.dumps(GOOD | {"dataset": name}), name) for name in ("gardening", "qasper")),  # no metric; no prompt here
     (json.dumps(GOOD | {"context": ["x"]}), "strings"), (json.dumps(GOOD | {"all_classes": [1]}), "strings"),
+    (json.dumps(GOOD | {"all_classes": "Date"}), "strings"),
     (json.dumps(GOOD | {"depth": 2}), "depth"), (json.dumps(GOOD | {"needles": 1}), "needles"),
 ])
 def test_malformed_records_are_named_by_file_and_line(tmp_path, line, word):
@@ -349,6 +350,8 @@ def test_long_prompts_lose_their_middle_as_in_longbench():
     with pytest.raises(UserError) as error:
         encode({"_id": "empty", "dataset": "fieldqa", "answers": ["yes"], "max_new": 5, "before": "", "question": "Q?"}, model)
     assert_one_line(error, "record empty", "no context")
-    with pytest.raises(UserError) as error:
-        encode(record | {"max_new": 100}, model)
-    assert_one_line(error, "record long", "1000")
+    assert len(encode(record | {"max_new": 84}, model).tokens) == 916  # the short gold answer asks for no more room
+    for longer in ({"max_new": 85}, {"answers": ["y" * 100]}):
+        with pytest.raises(UserError) as error:
+            encode(record | longer, byte_model(1000 if "max_new" in longer else 700))
+        assert_one_line(error, "record long", "context of")

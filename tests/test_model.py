@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from compilerkv import evict
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
-from model import (QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, byte_alphabet, default_path,
-                   load, rope_frequencies)
+from model import (BYTE_ALPHABET, QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path, load,
+                   rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
@@ -153,12 +154,11 @@ def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
 
 
 def test_many_questions_can_follow_one_context():
-    """Guards against a mark that moves with the cache: the second question would read the first one too."""
+    """Guards against a cache that is not rewound all the way: the second question would read the first one too."""
     context, questions = random_tokens(15, seed=30), [random_tokens(n, seed=n) for n in (4, 9, 6)]
     first = MODEL.prefill(context, 5)
-    mark = first[1].mark()
     for question in questions:
-        first[1].rewind(mark)
+        first[1].rewind(first[1].length[0] - 15)
         logits, cache, _ = MODEL.prefill(question, 5, before=first)
         assert close(logits, MODEL.prefill(context + question, 5)[0])
         MODEL.decode(cache, logits, 3, stop={CONFIG.vocab_size})
@@ -170,13 +170,13 @@ def test_many_questions_can_follow_one_context():
 def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n, seed):
     """Guards against a pass that observes other numbers than it computes with, and against keys whose position is not their place."""
     _, cache, _ = MODEL.prefill(random_tokens(T, seed), window=1)
-    mark, ids = cache.mark(), torch.tensor([random_tokens(n, seed + 1)])
+    ids = torch.tensor([random_tokens(n, seed + 1)])
     plain = MODEL.forward(ids, cache)[0]
-    cache.rewind(mark)
+    cache.rewind(n)
     observed, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
     assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
     assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
-    cache.rewind(mark)
+    cache.rewind(n)
     for kept in ([torch.arange(1, T).expand(G, -1)] * L, [torch.arange(T - (l > 0)).expand(G, -1) for l in range(L)]):
         with pytest.raises(ValueError, match="evicted"):
             MODEL.forward(ids, evict(cache, kept), total=True)
@@ -451,11 +451,15 @@ def test_loaded_tokenizer_merges_and_knows_its_special_tokens(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta())
     tokenizer = load(path, "float32").tokenizer
-    ids = list(byte_alphabet().values())
+    ids = list(BYTE_ALPHABET.values())
     assert tokenizer.encode("the bath</s>") == [257, *(ids.index(b) for b in b" ba"), 256, 259]
     assert tokenizer.stop == {259}
     text = "Grüße,\t世界 🙂\x00 the\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    defined = gguf_meta() | {"tokenizer.ggml.token_type": [1] * 257 + [4] + [3] * 2, "tokenizer.ggml.pre": "llama-bpe"}
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), defined)
+    tokenizer = load(path, "float32").tokenizer  # "the" is a token of the file's author, no control token; Llama 3 begins with bos
+    assert tokenizer.encode("the")[0] == 258 and tokenizer.decode(tokenizer.encode("a the</s>"), special=False) == "a the"
     with pytest.raises(UserError) as error:
         tokenizer.chat("hello")
     assert_one_line(error, "template")
@@ -484,6 +488,8 @@ def test_linear_rope_scaling_slows_every_rotation(tmp_path):
     scaled = gguf_meta() | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)), scaled)
     assert close(load(tmp_path / "tiny.gguf", "float32").inv_freq, rope_frequencies(TINY) / 4, 1e-9)
+    write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)), scaled | {"llama.rope.scaling.type": "none"})
+    assert close(load(tmp_path / "tiny.gguf", "float32").inv_freq, rope_frequencies(TINY), 1e-9)
     factors = np.linspace(1.001, 7.003, TINY.head_dim // 2, dtype=np.float32)  # bfloat16 would round them
     write_gguf(tmp_path / "tiny.gguf", gguf_tensors(tiny_llama(seed=1, tied=True)) | {"rope_freqs.weight": factors}, gguf_meta())
     assert close(load(tmp_path / "tiny.gguf", "bfloat16").inv_freq, rope_frequencies(TINY) / torch.from_numpy(factors), 1e-9)
@@ -496,7 +502,7 @@ def test_linear_rope_scaling_slows_every_rotation(tmp_path):
     ({"tokenizer.ggml.model": "llama"}, "byte-level"),
     ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
     ({"tokenizer.ggml.merges": ["th e", "t h"]}, "merges"),
-    ({"tokenizer.ggml.tokens": [*byte_alphabet(), "th", "\u65e5", "<s>", "</s>"], "tokenizer.ggml.merges": ["t h"]}, "alphabet"),
+    ({"tokenizer.ggml.tokens": [*BYTE_ALPHABET, "th", "\u65e5", "<s>", "</s>"], "tokenizer.ggml.merges": ["t h"]}, "alphabet"),
 ])
 def test_models_that_would_compute_something_else_are_refused_by_name(tmp_path, changes, word):
     """Guards against a file that loads without complaint and then speaks nonsense."""
@@ -516,6 +522,16 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path):
         with pytest.raises(UserError) as error:
             load(path, "float32")
         assert_one_line(error, path, word)
+
+
+def test_weights_in_a_format_that_gguf_cannot_read_are_refused_in_one_line(tmp_path, monkeypatch):
+    """Guards against a stack trace of the de-quantiser."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, gguf_tensors(tiny_llama(seed=1, tied=True)), gguf_meta())
+    monkeypatch.setattr("gguf.quants.dequantize", Mock(side_effect=NotImplementedError("Q8_K")))
+    with pytest.raises(UserError) as error:
+        load(path, "float32")
+    assert_one_line(error, path, "Q8_K")
 
 
 def test_missing_metadata_is_refused_in_one_line(tmp_path):
