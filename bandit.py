@@ -47,7 +47,7 @@ class EpsilonGreedy:
     def cautious(self, neutral):
         """Best mean less one standard error, for rewards counted from those of the action `neutral`, which are all 0.
 
-        An action that is better by luck on a few experiences (two or more) does not displace the neutral one.
+        An action that is better by luck on a few experiences does not displace the neutral one; on a single one, without error, it does.
         """
         n, mean = np.maximum(self.visits, 1), self.values()
         error = np.sqrt(np.maximum(self.squares / n - np.square(self.sums / n), 0) / n)

@@ -6,7 +6,8 @@ risk, `evict` drops the rest. Every policy is a selector
     kept = selector(observation, cache, budget, tables)
 
 that returns for each layer the ORIGINAL positions to keep, sorted, (G, S_l); a KV head that keeps fewer is padded with -1. On
-average at most `budget` are kept. No model is run here. Letters as in model.py: L layers, H query heads, G KV heads, T tokens.
+average over KV heads, for some policies over layers too, at most `budget` are kept. No model is run here. Letters as in model.py:
+L layers, H query heads, G KV heads, T tokens.
 """
 
 import io

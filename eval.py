@@ -140,6 +140,7 @@ def code_written(text):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
+    """How one task is asked and judged."""
     category: str
     metric: object         # (answer, gold, classes) -> 0..1
     chat: bool = True      # inside the model's chat template, or as plain text
@@ -514,6 +515,7 @@ def risk_report(risks, dnll, task):
 # -------------------------------------------------------------------------------------------------------------- report
 
 def label(policy):
+    """What reports and pictures call a policy."""
     return ORACLE if policy == "hindsight" else policy
 
 
@@ -1039,6 +1041,8 @@ def parse(argv):
         args.limit = args.limit or SAMPLE
     if args.rows and not args.ablate:
         raise UserError("--rows belongs to --ablate")
+    if (args.ablate or args.speed) and (args.policies, args.protocols) != (list(ckv.POLICIES), list(PROTOCOLS)):
+        raise UserError("--ablate and --speed take neither --policies nor --protocols")
     args.rows = args.rows or list(SWITCHES)
     folder = "quick" if args.quick else "" if args.ablate or args.speed else "full" if args.full else "sample"
     args.out = args.out or HERE / "results" / folder

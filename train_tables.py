@@ -82,7 +82,8 @@ def read_prompts(path, limit):
                 if not isinstance(row["chat"], bool):
                     raise TypeError("chat must be true or false")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}, line {n}: malformed prompt: {error}") from None
+                what = f"the key {error} is missing" if isinstance(error, KeyError) else error
+                raise UserError(f"{path}, line {n}: malformed prompt: {what}") from None
             prompts.append(row)
     if len(prompts) <= KINDS:
         raise UserError(f"{path}: {len(prompts)} prompts are too few to learn from and to decide on")
@@ -485,7 +486,8 @@ def main(argv=None):
     used = prompts[:len(samples)]
     provenance = {
         "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed,
-        "machine": evaluation.machine(), "seconds": round(time.time() - start, 1), "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
+        "machine": evaluation.machine(), "seconds": round(time.time() - start, 1),
+        "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
         "learner": "mean reward of every action (epsilon-greedy on a complete log)", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)

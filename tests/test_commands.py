@@ -106,6 +106,7 @@ def refused(command, world, out, arguments, capsys):
     *((evaluate, f"--budgets={budget}", "whole numbers") for budget in ("abc", "64.5", "")),
     (evaluate, "--protocols=query-blind", "query-blind"), (evaluate, "--tasks=none", "--tasks none"),
     (evaluate, "--protocols=,", "empty"), (evaluate, "--ablate --rows=W", "row 'W'"), (evaluate, "--rows=H2O", "--ablate"),
+    *((evaluate, f"{run} {option}", "take neither") for run in ("--ablate", "--speed") for option in ("--policies=h2o", "--protocols=query-aware")),
     (evaluate, "--limit=0", "--limit"), (evaluate, "--limit=3 --full", "exclude"), (evaluate, "--limit=-1", "--limit"),
     (evaluate, "--data={}/none", "{}/none"),
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),

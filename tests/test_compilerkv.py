@@ -80,7 +80,7 @@ def as_sets(kept):
 # ---------------------------------------------------------------------------------------------- stage 1: the utility
 
 def test_the_worked_example_of_the_method():
-    """Guards against any change to Eqs. 4-6 that looks harmless: the numbers were worked out by hand in METHOD.md."""
+    """Guards against any change to Eqs. 4-6 that looks harmless: the numbers were worked out by hand."""
     attention = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]).expand(1, 2, 2, 3)  # (L, H, w, T)
     values = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]]).view(1, 1, 2, 3, 1)  # (L, B, G, T, D)
     slots = torch.arange(3).expand(1, 2, 3)
