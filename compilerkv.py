@@ -59,8 +59,11 @@ def attention_level(observation, window, scope, queries="mean"):
     query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1.
     """
     join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
-    received = torch.stack([join(A[:, -window:]) for A in observation.attention])  # (L, H, w, T) -> (L, H, T)
-    alpha = observation.n_tokens * received
+    L, H, _, T = observation.attention.shape
+    received = torch.empty(L, H, T, device=observation.attention.device)
+    for row, A in zip(received, observation.attention):  # layer by layer: float32 copies of all would not fit into the cache
+        row.copy_(join(A[:, -window:]))  # (H, w, T) -> (H, T)
+    alpha = T * received
     averaged = {"model": (0, 1), "layer": (1,), "head": ()}[scope]
     return alpha.mean(averaged, keepdim=True) if averaged else alpha  # -> (1, 1, T), (L, 1, T) or (L, H, T)
 
