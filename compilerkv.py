@@ -61,7 +61,7 @@ def attention_level(observation, window, scope, queries="mean"):
     join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
     L, H, _, T = observation.attention.shape
     received = torch.empty(L, H, T, device=observation.attention.device)
-    for row, A in zip(received, observation.attention):  # layer by layer: float32 copies of all would not fit into the cache
+    for row, A in zip(received, observation.attention):  # one tensor for all: 30 small ones would pin the room of float32 copies
         row.copy_(join(A[:, -window:]))  # (H, w, T) -> (H, T)
     alpha = T * received
     averaged = {"model": (0, 1), "layer": (1,), "head": ()}[scope]
@@ -382,10 +382,13 @@ class Tables:
     retrieval: np.ndarray  # (L, H) share of the attention, while answering, on what is neither sink nor window
     provenance: dict = field(default_factory=dict)  # how the tables were made, JSON-serialisable
 
+    def nearest(self, budget):
+        """Index of the compiled budget that is nearest in ratio."""
+        return int(np.abs(np.log(self.budgets / budget)).argmin())
+
     def look_up(self, name, budget, entropy, perplexity):
         """The rule (window, kernel), W_head (L, H) and tau (L,) for one prompt's risk: O(1) in its length."""
-        c = self.compiled[name]
-        b = int(np.abs(np.log(self.budgets / budget)).argmin())
+        c, b = self.compiled[name], self.nearest(budget)
         e, p = risk_bin(entropy, c.entropy_edges), risk_bin(perplexity, c.ppl_edges)
         return tuple(map(int, c.rules[b])), torch.from_numpy(c.W_head[b]).float(), torch.from_numpy(c.T_gate[b, :, e, p]).float()
 

@@ -206,8 +206,8 @@ def read_records(directory, limit=None, tasks=None):
     chosen = tasks or [name for name in files if not name.endswith("_e")]
     for name in chosen:
         if name not in files:
-            raise UserError(f"--tasks {name}: Chinese tasks are not judged here" if name in CHINESE else
-                            f"--tasks {name}: no {name}.jsonl in {directory / 'data'}; there are {', '.join(files)}")
+            reason = "Chinese tasks are not judged here" if name in CHINESE else f"no {name}.jsonl in {directory / 'data'}"
+            raise UserError(f"--tasks {name}: {reason}; there are {', '.join(files)}")
     for path in (files[name] for name in files if name in chosen):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -717,7 +717,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     if gate != "learned":
         tau = torch.zeros_like(tau)
     if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
-        compiled = tables.budgets[np.abs(np.log(tables.budgets / budget)).argmin()]
+        compiled = tables.budgets[tables.nearest(budget)]
         check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
         if gate == "constant":
             tau += check["constant_tau"]

@@ -451,7 +451,8 @@ def read_model(path, meta, arrays, dtype, device):
     embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
     head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
     norm = take("output_norm.weight", c.n_embd)
-    factors = 1.0 if meta.get("llama.rope.scaling.type") == "none" else meta.get("llama.rope.scaling.factor", 1.0)
+    linear = meta.get("llama.rope.scaling.type", "linear") == "linear"
+    factors = meta.get("llama.rope.scaling.factor", 1.0) if linear else 1.0
     if "rope_freqs.weight" in arrays:
         factors = take("rope_freqs.weight", c.head_dim // 2, dtype=torch.float32).cpu()
     if arrays:
@@ -478,7 +479,7 @@ def read_config(path, meta):
            get("tokenizer.ggml.model") != "gpt2")
     n_head, n_embd, tokens = meta["llama.attention.head_count"], meta["llama.embedding_length"], meta["tokenizer.ggml.tokens"]
     head_dim = get("llama.attention.key_length", n_embd // n_head)
-    scaling, pre = get("llama.rope.scaling.type", "none"), get("tokenizer.ggml.pre", "gpt-2")
+    scaling, pre = get("llama.rope.scaling.type", "linear"), get("tokenizer.ggml.pre", "gpt-2")
     refuse("a mixture of experts", get("llama.expert_count", 0) > 0)
     refuse(f"rope scaling of type {scaling!r}", scaling not in ("none", "linear"))
     refuse("rotary embeddings on a part of each head", get("llama.rope.dimension_count", head_dim) != head_dim)

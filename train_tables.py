@@ -69,9 +69,10 @@ class Sample:
 def read_prompts(path, limit):
     """Calibration prompts from JSON lines. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --data needs the calibration corpus, as JSON lines") from None
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {reason}; --data needs the calibration corpus, as JSON lines") from None
     prompts = []
     for n, line in enumerate(lines, 1):
         if line.strip():

@@ -112,6 +112,7 @@ def refused(command, world, out, arguments, capsys):
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
+    (train, "--data={}/tiny.gguf", "{}/tiny.gguf: not UTF-8"),
     *((command, *case) for command in (train, evaluate) for case in (
         ("--model={}/none.gguf", "{}/none.gguf"), ("--model={}/text.gguf", "{}/text.gguf: not a readable GGUF"),
         ("--model={}/mamba.gguf", "'mamba'"), ("--device=abacus", "abacus"), ("--out={}/tiny.gguf/t.npz", "{}/tiny"))),
@@ -294,11 +295,14 @@ def test_interrupted_training_does_not_replace_the_tables(world, tmp_path, monke
 def test_a_failed_write_leaves_earlier_results_intact(world, report, tmp_path, monkeypatch):
     """Guards against results cut in half by a full disk, and against litter beside them."""
     shutil.copytree(world / "results", tmp_path / "results")
-    content = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir() if "unfinished" not in path.name}
+    content = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     before = content()
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no space left on device")))
     assert exit_code(evaluate, world, tmp_path / "results") == exit_code(train, world, tmp_path / "t.npz") == 2
-    assert content() == before and [path.name for path in tmp_path.iterdir()] == ["results"]
+    after = content()
+    [journal] = after.keys() - before.keys()  # what was finished, for the next try
+    assert journal.startswith("unfinished-") and before == {name: after[name] for name in before}
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
 def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path, capsys, monkeypatch):

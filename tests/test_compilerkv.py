@@ -659,7 +659,7 @@ def test_a_missing_method_is_refused_by_name(tmp_path, name):
     tables.save(path)
     with pytest.raises(UserError) as error:
         Tables.load(path, MODEL)
-    assert_one_line(error, path, name)
+    assert_one_line(error, path, f"'{name}/", "compile it anew")
 
 
 @pytest.mark.parametrize("key", ["budgets", "fingerprint", "provenance", "compilerkv/T_gate"])

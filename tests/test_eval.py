@@ -268,10 +268,10 @@ def test_chinese_tasks_are_passed_over_and_refused_by_name(tmp_path):
     write_data(tmp_path, [json.dumps(GOOD)])
     write_data(tmp_path, ["{nor this}"], stem="qasper_e")
     assert [r["_id"] for r in read_records(tmp_path)] == ["x-0"]
-    for name, words in (("dureader", ["Chinese"]), ("gardening", ["no gardening.jsonl", "there are qasper_e, some"])):
+    for name, word in (("dureader", "Chinese"), ("gardening", "no gardening.jsonl")):
         with pytest.raises(UserError) as error:
             read_records(tmp_path, tasks=[name])
-        assert_one_line(error, name, *words)
+        assert_one_line(error, name, word, "there are qasper_e, some")
 
 
 @pytest.mark.parametrize("line, word", [
