@@ -187,6 +187,21 @@ def score(record, answer):
 
 # ------------------------------------------------------------------------------------------------------------- records
 
+def json_lines(path, what, read, limit=None):
+    """read(object) of every line of a UTF-8 file that is not blank, of the first `limit` of them.
+
+    Raises UserError naming file and line for one that is no JSON or that `read` refuses.
+    """
+    lines, out = Path(path).read_bytes().split(b"\n"), []
+    for n, line in [(n, line) for n, line in enumerate(lines, 1) if line.strip()][:limit]:
+        try:
+            out.append(read(json.loads(line)))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}, line {n}: malformed {what}: {reason}") from None
+    return out
+
+
 def read_records(directory, limit=None, tasks=None):
     """LongBench's layout: data/*.jsonl, config/dataset2prompt.json, config/dataset2maxlen.json -> list of records.
 
@@ -194,7 +209,7 @@ def read_records(directory, limit=None, tasks=None):
     Each record gains "before" (its prompt up to the end of the context), "question" (the rest) and "max_new".
     Raises UserError naming file and line.
     """
-    directory, records, ids = Path(directory), [], set()
+    directory, ids = Path(directory), set()
     try:
         prompts, max_new = (json.loads((directory / "config" / f"dataset2{name}.json").read_text(encoding="utf-8"))
                             for name in ("prompt", "maxlen"))
@@ -208,34 +223,30 @@ def read_records(directory, limit=None, tasks=None):
         if name not in files:
             reason = "Chinese tasks are not judged here" if name in CHINESE else f"no {name}.jsonl in {directory / 'data'}"
             raise UserError(f"--tasks {name}: {reason}; there are {', '.join(files)}")
-    for path in (files[name] for name in files if name in chosen):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        rows = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-        for n, line in rows[:limit]:
-            try:
-                record = json.loads(line)
-                answers, classes = record["answers"], record.get("all_classes") or []
-                texts = (record["_id"], record["input"], record["context"], *answers, *classes)
-                if not all(isinstance(x, str) for x in texts) or not isinstance(answers, list) or not isinstance(classes, list):
-                    raise TypeError("_id, input, context, the list of answers and the names in all_classes must be strings")
-                name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
-                head, mark, tail = prompts.get(name, "").partition("{context}")
-                before, question = (head + mark).format(**record), tail.format(**record)
-                length, depth, needles = int(max_new.get(name, 0)), record.get("depth"), record.get("needles")
-                if not (depth is None or 0 <= float(depth) <= 1) or needles and (depth is None or int(needles) < 1):
-                    raise ValueError(f"depth {depth!r} and needles {needles!r} must be a number from 0 to 1, and how many")
-                record |= {"depth": None if depth is None else float(depth), "needles": needles and int(needles)}
-                if record["_id"] in ids:
-                    raise ValueError(f"_id {record['_id']!r} occurs twice")
-                if "{input}" in head:
-                    raise ValueError("the prompt asks its question before the context, which no protocol here allows")
-                if name not in TASKS or not mark or length < 1 or not record["answers"]:
-                    raise ValueError(f"no metric, prompt with {{context}}, answer length or gold answer for task {name!r}")
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-                what = f"the key {error} is missing" if isinstance(error, KeyError) else error
-                raise UserError(f"{path}, line {n}: malformed record: {what}") from None
-            ids.add(record["_id"])
-            records.append({**record, "dataset": name, "before": before, "question": question, "max_new": length})
+
+    def read(record):
+        """A record as it is used here; raises one of many errors for a malformed one."""
+        answers, classes = record["answers"], record.get("all_classes") or []
+        texts = (record["_id"], record["input"], record["context"], *answers, *classes)
+        if not all(isinstance(x, str) for x in texts) or not isinstance(answers, list) or not isinstance(classes, list):
+            raise TypeError("_id, input, context, the list of answers and the names in all_classes must be strings")
+        name = str(record["dataset"]).removesuffix("_e")  # LongBench-E names its tasks so
+        head, mark, tail = prompts.get(name, "").partition("{context}")
+        before, question = (head + mark).format(**record), tail.format(**record)
+        length, depth, needles = int(max_new.get(name, 0)), record.get("depth"), record.get("needles")
+        if not (depth is None or 0 <= float(depth) <= 1) or needles and (depth is None or int(needles) < 1):
+            raise ValueError(f"depth {depth!r} and needles {needles!r} must be a number from 0 to 1, and how many")
+        if record["_id"] in ids:
+            raise ValueError(f"_id {record['_id']!r} occurs twice")
+        if "{input}" in head:
+            raise ValueError("the prompt asks its question before the context, which no protocol here allows")
+        if name not in TASKS or not mark or length < 1 or not answers:
+            raise ValueError(f"no metric, prompt with {{context}}, answer length or gold answer for task {name!r}")
+        ids.add(record["_id"])
+        return {**record, "dataset": name, "depth": None if depth is None else float(depth), "needles": needles and int(needles),
+                "before": before, "question": question, "max_new": length}
+
+    records = [record for name in files if name in chosen for record in json_lines(files[name], "record", read, limit)]
     if not records:
         raise UserError(f"{directory / 'data'}: no records of English tasks here")
     return records

@@ -188,14 +188,15 @@ def observe_attention(q, k, first, out=None):
     """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
     q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
-    dtype, written into `out`.
+    dtype, written into `out`, where the scores stood before: fresh memory would cost as much as the arithmetic.
     """
     _, H, n, D = q.shape
     G, S = k.shape[1:3]
-    scores = ((q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
+    out = q.new_empty(H, n, S) if out is None else out
+    torch.bmm((q / math.sqrt(D)).reshape(G, -1, D), k[0].transpose(1, 2), out=out.view(G, -1, S))  # (H, n, S) as (G, R n, S)
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
-    scores[..., first + 1:].masked_fill_(future, -torch.inf)
-    return torch.softmax(scores, -1, out=out)
+    out[..., first + 1:].masked_fill_(future, -torch.inf)
+    return torch.softmax(out, -1, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------------- model

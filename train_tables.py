@@ -68,24 +68,17 @@ class Sample:
 
 def read_prompts(path, limit):
     """Calibration prompts from JSON lines. Raises UserError naming file and line."""
+    def read(row):
+        if not all(isinstance(row[key], str) and row[key] for key in ("id", "prompt", "continuation")):
+            raise TypeError("id, prompt and continuation must be non-empty strings")
+        if not isinstance(row["chat"], bool):
+            raise TypeError("chat must be true or false")
+        return row
+
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}; --data needs the calibration corpus, as JSON lines") from None
-    prompts = []
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not all(isinstance(row[key], str) and row[key] for key in ("id", "prompt", "continuation")):
-                    raise TypeError("id, prompt and continuation must be non-empty strings")
-                if not isinstance(row["chat"], bool):
-                    raise TypeError("chat must be true or false")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                what = f"the key {error} is missing" if isinstance(error, KeyError) else error
-                raise UserError(f"{path}, line {n}: malformed prompt: {what}") from None
-            prompts.append(row)
+        prompts = evaluation.json_lines(path, "prompt", read)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --data needs the calibration corpus, as JSON lines") from None
     if len(prompts) <= KINDS:
         raise UserError(f"{path}: {len(prompts)} prompts are too few to learn from and to decide on")
     return prompts[:limit]

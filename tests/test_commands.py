@@ -112,7 +112,7 @@ def refused(command, world, out, arguments, capsys):
     (evaluate, "--tables={}/none.npz", "train_tables.py"), (evaluate, "--tables={}/cut.npz", "{}/cut.npz: damaged"),
     (evaluate, "--model={}/other.gguf", "another model"),
     (train, "--out={}/tables.json", ".npz"), (train, "--data={}/none.jsonl", "{}/none.jsonl: No such file"),
-    (train, "--data={}/tiny.gguf", "{}/tiny.gguf: not UTF-8"),
+    (train, "--data={}/tiny.gguf", "{}/tiny.gguf, line 1: malformed prompt"),
     *((command, *case) for command in (train, evaluate) for case in (
         ("--model={}/none.gguf", "{}/none.gguf"), ("--model={}/text.gguf", "{}/text.gguf: not a readable GGUF"),
         ("--model={}/mamba.gguf", "'mamba'"), ("--device=abacus", "abacus"), ("--out={}/tiny.gguf/t.npz", "{}/tiny"))),

@@ -293,6 +293,16 @@ def test_malformed_records_are_named_by_file_and_line(tmp_path, line, word):
     assert_one_line(error, tmp_path / "data" / "some.jsonl", "line 3", word)
 
 
+def test_lines_that_are_not_utf8_are_named(tmp_path):
+    """Guards against a stack trace, or an answer judged by letters that were never in the file."""
+    write_data(tmp_path, [json.dumps(GOOD)])
+    with open(tmp_path / "data" / "some.jsonl", "ab") as file:
+        file.write(json.dumps(GOOD | {"_id": "caf\u00e9"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        read_records(tmp_path)
+    assert_one_line(error, tmp_path / "data" / "some.jsonl", "line 2", "utf-8")
+
+
 def test_directories_in_another_layout_are_refused_in_one_line(tmp_path):
     """Guards against a stack trace, or an average over no records, for a mistyped --data."""
     write_data(tmp_path, [json.dumps(GOOD)])
