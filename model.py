@@ -188,7 +188,7 @@ def observe_attention(q, k, first, out=None):
     """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
     q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
-    dtype, written into `out`, where the scores stood before: fresh memory would cost as much as the arithmetic.
+    dtype, written into `out`, first as scores, so that no second copy of them is made.
     """
     _, H, n, D = q.shape
     G, S = k.shape[1:3]
@@ -425,6 +425,7 @@ def load(path=None, dtype=None, device="cpu"):
 
 def read_model(path, meta, arrays, dtype, device):
     """The Model of a file's metadata and its tensors by name. Raises KeyError for what is missing."""
+    meta = {"llama.rope.scaling.type": "linear", "tokenizer.ggml.pre": "gpt-2", **meta}  # what a file means that does not say
     c = read_config(path, meta)
 
     def take(name, *shape, dtype=dtype):
@@ -452,13 +453,12 @@ def read_model(path, meta, arrays, dtype, device):
     embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
     head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
     norm = take("output_norm.weight", c.n_embd)
-    linear = meta.get("llama.rope.scaling.type", "linear") == "linear"
-    factors = meta.get("llama.rope.scaling.factor", 1.0) if linear else 1.0
+    factors = meta.get("llama.rope.scaling.factor", 1.0) if meta["llama.rope.scaling.type"] == "linear" else 1.0
     if "rope_freqs.weight" in arrays:
         factors = take("rope_freqs.weight", c.head_dim // 2, dtype=torch.float32).cpu()
     if arrays:
         raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
-    pre = meta.get("tokenizer.ggml.pre", "gpt-2")
+    pre = meta["tokenizer.ggml.pre"]
     tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"],
                           pre, meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.bos_token_id"],
                           meta["tokenizer.ggml.eos_token_id"], meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
@@ -467,8 +467,8 @@ def read_model(path, meta, arrays, dtype, device):
 
 
 def read_config(path, meta):
-    """Configuration from the file's metadata. Raises UserError for what would load and then compute something else, KeyError
-    for what is missing."""
+    """Configuration from metadata, `read_model`'s defaults filled in. Raises UserError for what would load and then compute
+    something else, KeyError for what is missing."""
     get = meta.get
 
     def refuse(reason, found):
@@ -480,7 +480,7 @@ def read_config(path, meta):
            get("tokenizer.ggml.model") != "gpt2")
     n_head, n_embd, tokens = meta["llama.attention.head_count"], meta["llama.embedding_length"], meta["tokenizer.ggml.tokens"]
     head_dim = get("llama.attention.key_length", n_embd // n_head)
-    scaling, pre = get("llama.rope.scaling.type", "linear"), get("tokenizer.ggml.pre", "gpt-2")
+    scaling, pre = meta["llama.rope.scaling.type"], meta["tokenizer.ggml.pre"]
     refuse("a mixture of experts", get("llama.expert_count", 0) > 0)
     refuse(f"rope scaling of type {scaling!r}", scaling not in ("none", "linear"))
     refuse("rotary embeddings on a part of each head", get("llama.rope.dimension_count", head_dim) != head_dim)
