@@ -55,12 +55,12 @@ MIN_BUDGET = WINDOW + SINKS
 def attention_level(observation, window, scope, queries="mean"):
     """alpha[t] of Eq. 4: attention of the window's queries on each key, times T, so that its mean over t is 1.
 
-    (L, H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1. With queries="max" the
+    L times (H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1. With queries="max" the
     query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1.
     """
     join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
-    L, H, _, T = observation.attention.shape
-    received = torch.empty(L, H, T, device=observation.attention.device)
+    L, H, _, T = observation.shape
+    received = torch.empty(L, H, T, device=observation.attention[0].device)
     for row, A in zip(received, observation.attention):  # one tensor for all: 30 small ones would pin the room of float32 copies
         row.copy_(join(A[:, -window:]))  # (H, w, T) -> (H, T)
     alpha = T * received
@@ -96,7 +96,7 @@ def utility(observation, cache, settings, window):
     """u[l,h,t] = alpha * rho (Eq. 4), un-pooled, (L, H, T). Query head h reads the values of KV head h // (H / G)."""
     alpha = attention_level(observation, window, settings.scope, settings.queries)
     rho = value_norm(cache)
-    return alpha * rho.repeat_interleave(observation.attention.shape[1] // rho.shape[1], dim=1)
+    return alpha * rho.repeat_interleave(observation.shape[1] // rho.shape[1], dim=1)
 
 
 # ---------------------------------------------------------------------------------------- stage 2: head-aware score
@@ -180,7 +180,7 @@ def kept_tokens(u, W, tau, budget, window, n_sets):
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     """CompilerKV, end to end: three table look-ups and a clamp. Without tables W = 1, tau = 0 and the default rule."""
-    settings, (L, H), G = SETTINGS[name], observation.attention.shape[:2], cache.k[0].shape[1]
+    settings, (L, H), G = SETTINGS[name], observation.shape[:2], cache.k[0].shape[1]
     entropy, perplexity = risk(observation, MAX_WINDOW)  # refuses NaN, with tables or without
     (window, kernel), W, tau = settings.rules[0], torch.ones(L, H), torch.zeros(L)
     if tables is not None:

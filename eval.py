@@ -737,7 +737,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
-        ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.attention.shape[:2], -1)
+        ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.shape[:2], -1)
     u = ckv.spread(alpha_rho, window, kernel, sinks)  # (L, H, T)
     s = ckv.protect(ckv.head_score(u, learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G), budget, window, sinks)
     if layers:  # one competition for all: B tokens a layer on average only

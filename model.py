@@ -111,24 +111,30 @@ class KVCache:
 class Observation:
     """What prefill saw; an eviction policy may look at this and at the cache.
 
-    attention: (L, H, w, T) probability A[l,h,j,t] that the j-th of the last w queries gives key t, in the model's dtype.
+    attention: L tensors (H, w, T): the probability A[l][h,j,t] that the j-th of the last w queries gives key t, in the model's
+    dtype. One tensor a layer, because one for all is so large that the system hands out new, cold memory for it every time.
     logprobs: (w,) log P(x_j | x_<j) of the window's tokens; one fewer where the window starts at position 0.
     total: (L, H, T) attention summed over ALL queries, on request only.
     answer: (L, H, T) attention summed over the answer's queries: an oracle's knowledge, set by evaluations only.
     """
-    attention: torch.Tensor
+    attention: list[torch.Tensor]
     logprobs: torch.Tensor
     total: torch.Tensor | None = None
     answer: torch.Tensor | None = None
 
     @property
+    def shape(self):
+        """L, H, w, T."""
+        return len(self.attention), *self.attention[0].shape
+
+    @property
     def n_tokens(self):
-        return self.attention.shape[3]
+        return self.shape[3]
 
     def followed_by(self, later, window):
         """The observation of a prompt that was prefilled in two parts; no earlier query attends to a later key."""
         new_keys = (0, later.n_tokens - self.n_tokens)
-        attention = torch.cat((F.pad(self.attention, new_keys), later.attention), dim=2)[:, :, -window:]
+        attention = [torch.cat((F.pad(a, new_keys), b), dim=1)[:, -window:] for a, b in zip(self.attention, later.attention)]
         total = None if self.total is None or later.total is None else F.pad(self.total, new_keys) + later.total
         return Observation(attention, torch.cat((self.logprobs, later.logprobs))[-window:], total)
 
@@ -170,6 +176,12 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def swiglu(x, gate_up):
+    """SiLU of the first half of the projection times the second, (..., E) -> (..., F)."""
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 def attend(q, k, v, slots, positions=None):
     """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
@@ -184,19 +196,18 @@ def attend(q, k, v, slots, positions=None):
     return y.view(B, H, n, D)
 
 
-def observe_attention(q, k, first, out=None):
+def observe_attention(q, k, first):
     """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
     q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
-    dtype, written into `out`, first as scores, so that no second copy of them is made.
+    dtype; scores become probabilities in place, so that there is no second copy of them.
     """
     _, H, n, D = q.shape
     G, S = k.shape[1:3]
-    out = q.new_empty(H, n, S) if out is None else out
-    torch.bmm((q / math.sqrt(D)).reshape(G, -1, D), k[0].transpose(1, 2), out=out.view(G, -1, S))  # (H, n, S) as (G, R n, S)
+    A = ((q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
-    out[..., first + 1:].masked_fill_(future, -torch.inf)
-    return torch.softmax(out, -1, out=out)
+    A[..., first + 1:].masked_fill_(future, -torch.inf)
+    return torch.softmax(A, -1, out=A)
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -215,7 +226,7 @@ class Model:
         """Run n new tokens through the network and append them to the cache.
 
         tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two that are None unless asked for, of a batch
-        of one: probabilities of the last `observe` queries (L, H, observe, S); their sum over all queries, if `total` (L, H, S).
+        of one: probabilities of the last `observe` queries, L times (H, observe, S); their sum over all, if `total` (L, H, S).
         Raises UserError when the tokens do not fit into the model's context, ValueError when an evicted cache is observed.
         """
         c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
@@ -229,28 +240,37 @@ class Model:
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
         x = self.embedding[tokens]  # (B, n, E)
-        attention = x.new_empty(c.n_layer, c.n_head, observe, S) if observe else None
+        attention = [] if observe else None
         summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):
-            qkv = linear(rms_norm(x, block.attn_norm, c.norm_eps), block.qkv)  # (B, n, (H + 2G) D)
-            qkv = qkv.view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, H + 2G, n, D)
-            qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
-            q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
-            cache.append(l, k, v, positions)
-            keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-            if S == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
-                y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-            else:
-                y = attend(q, keys, values, slots, positions if n > 1 or cache.padded else None)
+            y, q = self.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
             if observe:
-                observe_attention(q[:, :, -observe:], keys, S - observe, out=attention[l])
+                attention.append(observe_attention(q[:, :, -observe:], cache.layer(l)[0], S - observe))  # (H, observe, S)
             for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
-                summed[l] += observe_attention(q[:, :, i:i + QUERY_BLOCK], keys, S - n + i).sum(1, dtype=torch.float32)  # (H, S)
-            x = x + linear(y.transpose(1, 2).reshape(B, n, -1), block.out)  # (B, H, n, D) -> (B, n, E)
-            gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, block.down)  # SwiGLU: (B, n, F) -> (B, n, E)
+                A = observe_attention(q[:, :, i:i + QUERY_BLOCK], cache.layer(l)[0], S - n + i)  # (H, QUERY_BLOCK, S)
+                summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
+            x = x + y
+            x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up), block.down)  # (B, n, F) -> (B, n, E)
         cache.next_position = cache.next_position + n
         return rms_norm(x, self.norm, c.norm_eps), attention, summed
+
+    def self_attention(self, l, x, cache, positions, cos, sin):
+        """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).
+
+        positions (B, n); cos, sin as for `rotate`. This and `swiglu` are functions of their own so that their intermediate tensors
+        are freed at once: fresh memory for those of the next layer is a twentieth of a prefill's time.
+        """
+        c, block, (B, n, _) = self.config, self.blocks[l], x.shape
+        qkv = linear(x, block.qkv).view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, n, (H + 2G) D) -> (B, H + 2G, n, D)
+        qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
+        q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
+        cache.append(l, k, v, positions)
+        keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
+        if slots.shape[2] == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        else:
+            y = attend(q, keys, values, slots, positions if n > 1 or cache.padded else None)
+        return linear(y.transpose(1, 2).reshape(B, n, -1), block.out), q  # (B, H, n, D) -> (B, n, E)
 
     def logits(self, hidden):
         """Next-token scores, (..., E) -> (..., V), float32."""

@@ -100,7 +100,7 @@ def collect(model, prompt):
     loss_full = model.nll(cache, logits, continuation).item()
     _, attention, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
     cache.rewind(len(continuation))
-    attention = attention[..., :len(tokens)].float()  # (L, H, n, T + n) -> (L, H, n, T)
+    attention = torch.stack([A[..., :len(tokens)] for A in attention]).float()  # L times (H, n, T + n) -> (L, H, n, T)
     needed = attention.amax(2)  # -> (L, H, T)
     L, H, T = needed.shape
     mass = needed.view(L, G, H // G, T).sum(2) * ckv.value_norm(cache)  # (L, G, T)

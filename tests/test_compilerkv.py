@@ -52,7 +52,7 @@ def random_prompt(seed, L=L, H=H, G=G, T=100, w=64, ties=False):
     logprobs = -3 * torch.rand(w - (w == T), generator=g)
     slots = torch.arange(T).expand(1, G, T).clone()
     cache = KVCache(torch.randn(L, 1, G, T, D, generator=g), values, [slots] * L, torch.tensor([T]))
-    return Observation(attention, logprobs, total, answer), cache
+    return Observation(list(attention), logprobs, total, answer), cache
 
 
 def constant_tables(W=1.0, tau=0.0, sizes=(64, 256)):
@@ -84,7 +84,7 @@ def test_the_worked_example_of_the_method():
     attention = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]).expand(1, 2, 2, 3)  # (L, H, w, T)
     values = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]]).view(1, 1, 2, 3, 1)  # (L, B, G, T, D)
     slots = torch.arange(3).expand(1, 2, 3)
-    observation, cache = Observation(attention, torch.zeros(2)), KVCache(values, values, [slots], torch.tensor([3]))
+    observation, cache = Observation(list(attention), torch.zeros(2)), KVCache(values, values, [slots], torch.tensor([3]))
     alpha, rho = attention_level(observation, window=2, scope="model"), value_norm(cache)
     assert alpha.flatten().tolist() == [0.75, 1.5, 0.75]
     assert rho.tolist() == [[[1.0, 1.0, 1.0], [0.5, 1.0, 1.5]]]
@@ -108,11 +108,11 @@ def test_alpha_has_mean_one_in_every_scope(scope, shape, T, seed):
 def test_alpha_looks_at_the_last_queries_only():
     """Guards against a window taken from the wrong end of the queries that prefill observed."""
     observation, _ = random_prompt(seed=1, T=100, w=64)
-    shorter = Observation(observation.attention[:, :, 32:], observation.logprobs[32:])
+    shorter = Observation([A[:, 32:] for A in observation.attention], observation.logprobs[32:])
     assert torch.equal(attention_level(observation, 32, "head"), attention_level(shorter, 64, "head"))
     with pytest.raises(KeyError):
         attention_level(observation, 32, "heads")
-    assert torch.equal(attention_level(observation, 32, "head", "max"), 100 * observation.attention[:, :, 32:].amax(2))
+    assert torch.equal(attention_level(observation, 32, "head", "max"), 100 * torch.stack(observation.attention)[:, :, 32:].amax(2))
 
 
 def test_protected_tokens_lend_nothing_to_their_neighbours():
@@ -196,24 +196,24 @@ def test_risk_of_even_and_of_pointed_attention(T):
     even = torch.full((L, H, 5, T), 1 / T)
     pointed = torch.zeros(L, H, 5, T)
     pointed[..., T // 2] = 1
-    assert risk(Observation(even, torch.zeros(5)), 5)[0] == pytest.approx(np.log(T), abs=1e-5)
-    assert risk(Observation(pointed, torch.zeros(5)), 5)[0] == pytest.approx(0, abs=1e-6)
+    assert risk(Observation(list(even), torch.zeros(5)), 5)[0] == pytest.approx(np.log(T), abs=1e-5)
+    assert risk(Observation(list(pointed), torch.zeros(5)), 5)[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_perplexity_is_that_of_the_windows_tokens():
     """Guards against a perplexity over other tokens, of the sum instead of the mean, or of nothing at all."""
     attention = torch.full((L, H, 4, 10), 0.1)
     logprobs = torch.log(torch.tensor([0.9, 0.9, 0.5, 0.125]))
-    assert risk(Observation(attention, logprobs), 2)[1] == pytest.approx(4)
-    assert risk(Observation(attention, torch.zeros(4)), 4)[1] == 1
-    assert risk(Observation(torch.ones(L, H, 1, 1), torch.zeros(0)), 4) == (0, 1)  # a prompt of one token
+    assert risk(Observation(list(attention), logprobs), 2)[1] == pytest.approx(4)
+    assert risk(Observation(list(attention), torch.zeros(4)), 4)[1] == 1
+    assert risk(Observation([torch.ones(H, 1, 1)] * L, torch.zeros(0)), 4) == (0, 1)  # a prompt of one token
 
 
 def test_nan_in_the_model_is_not_a_risk_bin():
     """Guards against a broken model that is compressed as if its prompts were risky, or safe."""
-    for part in ("attention", "logprobs"):
+    for part in (lambda seen: seen.attention[0], lambda seen: seen.logprobs):
         observation, cache = random_prompt(seed=5)
-        getattr(observation, part)[..., -1] = torch.nan
+        part(observation)[..., -1] = torch.nan
         with pytest.raises(ValueError):
             risk(observation, 32)
         with pytest.raises(ValueError):
@@ -225,7 +225,7 @@ def test_nan_in_the_model_is_not_a_risk_bin():
 def test_nan_in_the_model_is_noticed_without_tables_too():
     """Guards against NaN scores, which sort above the protected tokens and push the sinks out."""
     observation, cache = random_prompt(seed=5)
-    observation.attention[..., 20:90] = torch.nan
+    observation.attention[0][..., 20:90] = torch.nan
     with pytest.raises(ValueError):
         select("compilerkv", observation, cache, 50)
 
@@ -402,7 +402,8 @@ def test_selectors_are_deterministic_and_only_look(policy):
     seen, cached, tables = copy.deepcopy(observation), copy.deepcopy(cache), constant_tables(W=1.3, tau=0.9)
     first, second = (select(policy, observation, cache, 60, tables) for _ in range(2))
     assert same(first, second)
-    assert all(torch.equal(value, vars(seen)[key]) for key, value in vars(observation).items())
+    assert all(torch.equal(A, B) for A, B in zip(observation.attention, seen.attention))
+    assert all(torch.equal(getattr(observation, key), getattr(seen, key)) for key in ("logprobs", "total", "answer"))
     assert all(torch.equal(a, b) for l in range(L) for a, b in zip(cache.layer(l), cached.layer(l)))
     assert cache.length == cached.length and torch.equal(cache.next_position, cached.next_position)
 
@@ -444,9 +445,9 @@ def test_kv_heads_of_adakv_compete_and_have_a_fifth_to_themselves():
     """Guards against AdaKV that is SnapKV under another name, and against a head that is left with nothing."""
     T, budget = 150, 80
     observation, cache = random_prompt(seed=13, T=T)
-    attention = observation.attention.clone()
+    attention = torch.stack(observation.attention)
     attention[:, :H // G] *= 1e-3  # the first KV head's queries look at no token before the window with any weight
-    kept = as_sets(select("adakv", Observation(attention, observation.logprobs), cache, budget))
+    kept = as_sets(select("adakv", Observation(list(attention), observation.logprobs), cache, budget))
     for first, second in zip(kept[::2], kept[1::2]):
         assert len(first) == max(budget // 5, WINDOW) and len(first) + len(second) == G * budget
 
@@ -454,9 +455,9 @@ def test_kv_heads_of_adakv_compete_and_have_a_fifth_to_themselves():
 def test_the_layers_of_dynamickv_get_what_their_scores_win():
     """Guards against layer sizes that do not follow the attention."""
     observation, cache = random_prompt(seed=14, T=150)
-    attention = observation.attention.clone()
+    attention = torch.stack(observation.attention)
     attention[0] *= 1e-3
-    sizes = [k.shape[1] for k in select("dynamickv", Observation(attention, observation.logprobs), cache, 60)]
+    sizes = [k.shape[1] for k in select("dynamickv", Observation(list(attention), observation.logprobs), cache, 60)]
     assert sizes[0] == WINDOW and min(sizes[1:]) > 60 and sum(sizes) <= L * 60
 
 

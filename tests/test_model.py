@@ -117,8 +117,8 @@ def test_prefill_matches_the_slow_reference(T):
     logits, cache, seen = MODEL.prefill(tokens, window=T, total=True)
     expected, A = reference(MODEL, tokens)
     assert close(logits, expected[-1], tolerance) and close(full_forward(MODEL, tokens), expected, tolerance)
-    assert seen.n_tokens == T and close(seen.attention, A, tolerance) and close(seen.total, A.sum(2), tolerance)
-    assert close(seen.attention.sum(-1), torch.ones(L, H, T))
+    assert seen.n_tokens == T and close(torch.stack(seen.attention), A, tolerance) and close(seen.total, A.sum(2), tolerance)
+    assert close(torch.stack(seen.attention).sum(-1), torch.ones(L, H, T))
     assert seen.logprobs.shape == (T - 1,)
     if T > 1:
         assert close(seen.logprobs, expected[:-1].log_softmax(-1)[range(T - 1), tokens[1:]], tolerance)
@@ -133,7 +133,7 @@ def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
     _, _, everything = MODEL.prefill(tokens, window=T)
     _, _, seen = MODEL.prefill(tokens, window=window)
     w = min(window, T)
-    assert close(seen.attention, everything.attention[:, :, -w:])
+    assert close(torch.stack(seen.attention), torch.stack(everything.attention)[:, :, -w:])
     assert len(seen.logprobs) == min(w, T - 1)
     assert torch.allclose(seen.logprobs, everything.logprobs[T - 1 - len(seen.logprobs):], rtol=0, atol=1e-5)
     assert seen.total is None and seen.answer is None
@@ -148,7 +148,7 @@ def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
     whole_logits, whole_cache, whole = MODEL.prefill(tokens, window, total=True)
     first = MODEL.prefill(tokens[:cut], window, total=True)
     logits, cache, seen = MODEL.prefill(tokens[cut:], window, total=True, before=first)
-    assert close(logits, whole_logits, 1e-4) and close(seen.attention, whole.attention) and close(seen.total, whole.total, 1e-4)
+    assert close(logits, whole_logits, 1e-4) and close(torch.stack(seen.attention), torch.stack(whole.attention)) and close(seen.total, whole.total, 1e-4)
     assert seen.logprobs.shape == whole.logprobs.shape and torch.allclose(seen.logprobs, whole.logprobs, rtol=0, atol=1e-4)
     assert close(step(MODEL, cache, 5), step(MODEL, whole_cache, 5))
 
@@ -174,6 +174,7 @@ def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n
     plain = MODEL.forward(ids, cache)[0]
     cache.rewind(n)
     observed, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
+    attention = torch.stack(attention)  # (L, H, n, T + n)
     assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
     assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
     cache.rewind(n)
@@ -218,7 +219,7 @@ def test_repeating_the_kv_heads_changes_nothing():
     tokens = random_tokens(20, seed=1)
     logits, cache, seen = MODEL.prefill(tokens, window=20)
     wide_logits, wide_cache, wide_seen = wide.prefill(tokens, window=20)
-    assert close(logits, wide_logits) and close(seen.attention, wide_seen.attention)
+    assert close(logits, wide_logits) and close(torch.stack(seen.attention), torch.stack(wide_seen.attention))
     assert close(step(MODEL, cache, 7), step(wide, wide_cache, 7))
     assert wide_cache.nbytes == H // G * cache.nbytes
 
@@ -229,7 +230,7 @@ def test_two_prompts_in_a_row_equal_two_fresh_models():
         tokens = random_tokens(length, seed)
         fresh = random_model(CONFIG, seed=0)
         (logits, cache, seen), (logits2, cache2, seen2) = (m.prefill(tokens, 8, total=True) for m in (MODEL, fresh))
-        assert torch.equal(logits, logits2) and torch.equal(seen.attention, seen2.attention)
+        assert torch.equal(logits, logits2) and torch.equal(torch.stack(seen.attention), torch.stack(seen2.attention))
         assert torch.equal(seen.logprobs, seen2.logprobs) and torch.equal(seen.total, seen2.total)
         assert MODEL.decode(cache, logits, 10, stop={1}) == fresh.decode(cache2, logits2, 10, stop={1})
 
@@ -412,7 +413,7 @@ def test_the_context_may_be_filled_and_not_overrun():
 def test_a_prompt_of_one_token_works():
     """Guards against the empty slice: one token has attention, but no token before it that predicted it."""
     logits, cache, seen = MODEL.prefill([5], window=32, total=True)
-    assert seen.logprobs.shape == (0,) and torch.equal(seen.attention, torch.ones(L, H, 1, 1))
+    assert seen.logprobs.shape == (0,) and torch.equal(torch.stack(seen.attention), torch.ones(L, H, 1, 1))
     assert close(seen.total, torch.ones(L, H, 1))
     assert len(MODEL.decode(cache, logits, 3, stop={CONFIG.vocab_size})[0]) == 3
 
