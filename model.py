@@ -235,8 +235,8 @@ class Model:
     def forward(self, tokens, cache, observe=0, total=False):
         """Run n new tokens through the network and append them to the cache.
 
-        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two that are None unless asked for, of a batch of
-        one: the attention of the last `observe` queries, L times (H, observe, S); that of all n, summed, if `total` (L, H, S).
+        tokens (B, n) int64 -> hidden states (B, n, E) after the last norm, and two things about a batch of one: the last `observe`
+        queries, L times (H, observe, D), none if 0; if `total` the attention of all n queries, summed (L, H, S), else None.
         Raises UserError when the tokens do not fit into the model's context, ValueError when an evicted cache is observed.
         """
         c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
@@ -250,7 +250,7 @@ class Model:
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
         x = self.embedding[tokens]  # (B, n, E)
-        queries, attention, room = [], None, x.new_empty(B, n, 2 * c.n_ff)
+        queries, room = [], x.new_empty(B, n, 2 * c.n_ff)
         summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):
             y, q = self.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
@@ -261,10 +261,8 @@ class Model:
                 summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
             x = x + y
             x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up, room), block.down)  # (B, n, F) -> (B, n, E)
-        if observe:  # after all layers, so that these large tensors do not drive a layer's own out of the processor's cache
-            attention = [observe_attention(q, cache.layer(l)[0][0], S - observe) for l, q in enumerate(queries)]
         cache.next_position = cache.next_position + n
-        return rms_norm(x, self.norm, c.norm_eps), attention, summed
+        return rms_norm(x, self.norm, c.norm_eps), queries, summed
 
     def self_attention(self, l, x, cache, positions, cos, sin):
         """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).
@@ -303,8 +301,9 @@ class Model:
         last, cache, earlier = before or (None, KVCache.empty(self.config, self.dtype, self.device), None)
         n = min(window, len(tokens))
         ids = torch.tensor([tokens], device=self.device)  # (1, T)
-        hidden, attention, summed = self.forward(ids, cache, observe=n, total=total)
+        hidden, queries, summed = self.forward(ids, cache, observe=n, total=total)
         with torch.inference_mode():
+            attention = [observe_attention(q, cache.layer(l)[0][0], cache.length[l] - n) for l, q in enumerate(queries)]
             logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
             if len(logits) == n and last is not None:
                 logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one

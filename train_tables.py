@@ -32,7 +32,7 @@ from tqdm import tqdm
 import compilerkv as ckv
 import eval as evaluation
 from bandit import ConservativeQ, EpsilonGreedy, LinUCB
-from model import KVCache, UserError, load
+from model import KVCache, UserError, load, observe_attention
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
@@ -98,9 +98,10 @@ def collect(model, prompt):
         raise UserError(f"calibration prompt {prompt['id']}: no token of the vocabulary stands in its continuation")
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
-    _, attention, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
+    _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
+    attention = torch.stack([observe_attention(q, cache.layer(l)[0][0], len(tokens))[..., :len(tokens)]  # (H, n, T + n) -> (H, n, T)
+                             for l, q in enumerate(queries)]).float()  # (L, H, n, T)
     cache.rewind(len(continuation))
-    attention = torch.stack([A[..., :len(tokens)] for A in attention]).float()  # L times (H, n, T + n) -> (L, H, n, T)
     needed = attention.amax(2)  # -> (L, H, T)
     L, H, T = needed.shape
     mass = needed.view(L, G, H // G, T).sum(2) * ckv.value_norm(cache)  # (L, G, T)

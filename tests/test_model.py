@@ -18,7 +18,7 @@ from hypothesis import example, given, settings, strategies as st
 from compilerkv import evict
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
 from model import (BYTE_ALPHABET, QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path, load,
-                   rope_frequencies)
+                   observe_attention, rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
@@ -173,8 +173,8 @@ def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n
     ids = torch.tensor([random_tokens(n, seed + 1)])
     plain = MODEL.forward(ids, cache)[0]
     cache.rewind(n)
-    observed, attention, summed = MODEL.forward(ids, cache, observe=n, total=True)
-    attention = torch.stack(attention)  # (L, H, n, T + n)
+    observed, queries, summed = MODEL.forward(ids, cache, observe=n, total=True)
+    attention = torch.stack([observe_attention(q, cache.layer(l)[0][0], T) for l, q in enumerate(queries)])  # (L, H, n, T + n)
     assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
     assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
     cache.rewind(n)
