@@ -17,8 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from compilerkv import evict
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
-from model import (BYTE_ALPHABET, QUERY_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path, load,
-                   observe_attention, rope_frequencies)
+from model import (BYTE_ALPHABET, QUERY_BLOCK, ROW_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path, load,
+                   observe_attention, rms_norm, rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
 
@@ -162,6 +162,15 @@ def test_many_questions_can_follow_one_context():
         logits, cache, _ = MODEL.prefill(question, 5, before=first)
         assert close(logits, MODEL.prefill(context + question, 5)[0])
         MODEL.decode(cache, logits, 3, stop={CONFIG.vocab_size})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, ROW_BLOCK, ROW_BLOCK + 1, 3 * ROW_BLOCK - 7])
+def test_the_norm_in_blocks_is_the_librarys(rows, dtype):
+    """Guards against a block that is left out, normed with another's numbers, or rounded before the weight is applied."""
+    g = torch.Generator().manual_seed(rows)
+    x, weight = (3 * torch.randn(rows, 48, generator=g)).to(dtype)[None], torch.rand(48, generator=g).to(dtype)
+    assert torch.equal(rms_norm(x, weight, 1e-3), F.rms_norm(x, weight.shape, weight, 1e-3))
 
 
 @properties
