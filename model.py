@@ -167,13 +167,13 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, out=None):
-    """x (..., in) by weight (out, in) -> (..., out). A single row goes to the matrix-vector product: it reads weights faster."""
-    out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+    """x (..., in) by weight (out, in) -> (..., out), written into `out` if given.
+
+    A single row goes to the matrix-vector product: it reads weights faster.
+    """
     if x.numel() == weight.shape[1]:
-        torch.mv(weight, x.flatten(), out=out.view(-1))
-    else:
-        torch.matmul(x, weight.T, out=out)
-    return out
+        return torch.mv(weight, x.flatten(), out=None if out is None else out.view(-1)).view(*x.shape[:-1], -1)
+    return torch.matmul(x, weight.T, out=out)
 
 
 def rotate(x, cos, sin):
@@ -218,6 +218,11 @@ def observe_attention(q, k, first):
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
     A[..., first + 1:].masked_fill_(future, -torch.inf)
     return torch.softmax(A, -1, out=A)
+
+
+def last_attention(queries, cache):
+    """What the cache's last n tokens attend to: their queries as `Model.forward` returns them, L times (H, n, D) -> L times (H, n, S)."""
+    return [observe_attention(q, cache.layer(l)[0][0], cache.length[l] - q.shape[1]) for l, q in enumerate(queries)]
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -303,13 +308,12 @@ class Model:
         ids = torch.tensor([tokens], device=self.device)  # (1, T)
         hidden, queries, summed = self.forward(ids, cache, observe=n, total=total)
         with torch.inference_mode():
-            attention = [observe_attention(q, cache.layer(l)[0][0], cache.length[l] - n) for l, q in enumerate(queries)]
             logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
             if len(logits) == n and last is not None:
                 logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one
             predicted = ids[0, len(tokens) - len(logits) + 1:]  # the window's tokens that have a predecessor
             logprobs = -F.cross_entropy(logits[:-1], predicted, reduction="none")  # (w, V) -> (w,)
-            observation = Observation(attention, logprobs, summed)
+            observation = Observation(last_attention(queries, cache), logprobs, summed)
             return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
 
     @torch.inference_mode()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import compilerkv as ckv
 import eval as evaluation
 from bandit import ConservativeQ, EpsilonGreedy, LinUCB
-from model import KVCache, UserError, load, observe_attention
+from model import KVCache, UserError, last_attention, load
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
@@ -99,8 +99,7 @@ def collect(model, prompt):
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
     _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
-    attention = torch.stack([observe_attention(q, cache.layer(l)[0][0], len(tokens))[..., :len(tokens)]  # (H, n, T + n) -> (H, n, T)
-                             for l, q in enumerate(queries)]).float()  # (L, H, n, T)
+    attention = torch.stack([A[..., :len(tokens)] for A in last_attention(queries, cache)]).float()  # L x (H, n, T + n) -> (L, H, n, T)
     cache.rewind(len(continuation))
     needed = attention.amax(2)  # -> (L, H, T)
     L, H, T = needed.shape
