@@ -38,6 +38,11 @@ class Settings:
     tau_grid: tuple  # actions of T_gate
     penalty: float   # nats that the gate pays for a context full of candidates beyond the budget
 
+    @property
+    def window(self):
+        """Last queries that prefill must observe: the widest window of the rules, which the risk signals read too."""
+        return max(window for window, _ in self.rules)
+
 
 PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
@@ -46,7 +51,7 @@ OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (3
                 W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.1)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
-MAX_WINDOW = max(w for s in SETTINGS.values() for w, _ in s.rules)  # what prefill must observe to serve every policy
+MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
 MIN_BUDGET = WINDOW + SINKS
 
 
@@ -181,7 +186,7 @@ def kept_tokens(u, W, tau, budget, window, n_sets):
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     """CompilerKV, end to end: three table look-ups and a clamp. Without tables W = 1, tau = 0 and the default rule."""
     settings, (L, H), G = SETTINGS[name], observation.shape[:2], cache.k[0].shape[1]
-    entropy, perplexity = risk(observation, MAX_WINDOW)  # refuses NaN, with tables or without
+    entropy, perplexity = risk(observation, settings.window)  # refuses NaN, with tables or without
     (window, kernel), W, tau = settings.rules[0], torch.ones(L, H), torch.zeros(L)
     if tables is not None:
         (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)

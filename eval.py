@@ -722,7 +722,7 @@ PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "A
 def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
             layers=False, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
-    rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
+    rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
     learned_W, tau = learned_W.to(cache.k[0].device), tau.to(cache.k[0].device)
     window, kernel = window or rule[0], kernel or rule[1]
     if gate != "learned":
@@ -869,7 +869,7 @@ def timed_compilerkv(observation, cache, budget, tables):
     """CompilerKV as `select` and `evict` run it, the clock read between STAGES: kept, the cache left, seconds of each (4,)."""
     device, G = cache.k[0].device, cache.k[0].shape[1]
     times = [clock(device)]
-    (window, kernel), W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.MAX_WINDOW))
+    (window, kernel), W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
     times.append(clock(device))
     u = ckv.spread(ckv.utility(observation, cache, ckv.OURS, window), window, kernel)  # (L, H, T)
     times.append(clock(device))
@@ -895,7 +895,7 @@ def measure_length(model, tokens, budgets, tables):
     """All that is timed on one prompt, and its memory: (one object for speed.json, what prefill returned)."""
     T, device, config, ids = len(tokens), model.device, model.config, torch.tensor([tokens], device=model.device)  # (1, T)
     bare = lambda: model.logits(model.forward(ids, KVCache.empty(config, model.dtype, device))[0][0, -1])
-    (plain, scanned), prefilled = fastest(ROUNDS - (T > 4096), device, bare, lambda: model.prefill(tokens, ckv.MAX_WINDOW))
+    (plain, scanned), prefilled = fastest(ROUNDS - (T > 4096), device, bare, lambda: model.prefill(tokens, ckv.OURS.window))
     logits, cache, observation = prefilled
     entry, caches = 2 * config.head_dim * cache.k[0].element_size(), []  # bytes of one key and one value
     for budget in (None, *budgets):  # None: the full cache
@@ -939,7 +939,7 @@ def measure_speed(model, records, budgets, tables):
 def speed_tables(speed):
     """What was measured, as lines of Markdown."""
     rows, roll, n = speed["lengths"], speed["roll_outs"], lambda row: str(row["n_tokens"])
-    out = [f"Prefill, seconds; the scan observes the last {ckv.MAX_WINDOW} queries. Peak memory: the most that the process has held "
+    out = [f"Prefill, seconds; the scan observes the last {ckv.OURS.window} queries. Peak memory: the most that the process has held "
            "up to there, loading included, so lengths rise.", ""]
     out += lines_of(["prompt tokens", "prefill", "floor", "prefill / floor", "with the scan", "peak memory, MB"], [
         [n(r), f"{r['prefill_seconds']:.3f}", f"{r['prefill_floor_seconds']:.3f}",

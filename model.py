@@ -193,18 +193,20 @@ def swiglu(x, gate_up, room):
     return F.silu(gate, inplace=True).mul_(up)
 
 
-def attend(q, k, v, slots, positions=None):
+def attend(q, k, v, slots, positions, padded):
     """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
-    K and V are not repeated to H heads. Without positions every query sees every slot.
+    A query sees the slots that hold a token, and no later one; padded: whether some slot holds none. Neither path repeats K and V
+    to H heads: a single query goes to the library's grouped attention, which shares out H heads among the threads; of many, the
+    R that read the same KV head are made queries of one head.
     """
-    B, H, n, D = q.shape
-    G, mask = k.shape[1], None
-    if positions is not None:  # a query sees the slots that hold a token, and no later one
-        mask = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
-        mask = mask[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
-    y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask)  # (B, G, R n, D)
-    return y.view(B, H, n, D)
+    (B, H, n, D), G, R = q.shape, k.shape[1], q.shape[1] // k.shape[1]
+    if n == 1:  # all slots are earlier than the query, or its own
+        mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    mask = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
+    mask = mask[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
+    return F.scaled_dot_product_attention(q.reshape(B, G, R * n, D), k, v, attn_mask=mask).view(B, H, n, D)
 
 
 def observe_attention(q, k, first):
@@ -284,7 +286,7 @@ class Model:
         if slots.shape[2] == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         else:
-            y = attend(q, keys, values, slots, positions if n > 1 or cache.padded else None)
+            y = attend(q, keys, values, slots, positions, cache.padded)
         return linear(y.transpose(1, 2).reshape(B, n, -1), block.out), q  # (B, H, n, D) -> (B, n, E)
 
     def logits(self, hidden):

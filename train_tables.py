@@ -52,7 +52,7 @@ ROWS = 24               # roll-outs in one batch: bounds memory
 class Sample:
     """One calibration prompt, prefilled: all that learning needs."""
     u: dict              # (name of a setting, window) -> (L, H, T) utility of Eq. 4, un-pooled, float16
-    risk: tuple          # (entropy, perplexity)
+    risk: dict           # name of a setting -> (entropy, perplexity)
     mass: torch.Tensor   # (L, G, T) the mass of step 1, 0 on tokens that every rule keeps, sum 1 a layer
     looks_back: torch.Tensor  # (L, H) share of the continuation's attention on tokens that compete: does the head retrieve?
     cache: KVCache       # the full one
@@ -109,7 +109,8 @@ def collect(model, prompt):
     mass[..., T - window:] = 0
     looks_back = attention[..., ckv.SINKS:T - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
     u = {(name, w): ckv.utility(observation, cache, s, w).half().cpu() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
-    return Sample(u, ckv.risk(observation, ckv.MAX_WINDOW), (mass / mass.sum((1, 2), keepdim=True)).cpu(), looks_back.cpu(), cache, logits,
+    risks = {name: ckv.risk(observation, s.window) for name, s in ckv.SETTINGS.items()}
+    return Sample(u, risks, (mass / mass.sum((1, 2), keepdim=True)).cpu(), looks_back.cpu(), cache, logits,
                   continuation, loss_full)
 
 
@@ -237,9 +238,9 @@ def draw_learners(curves, budget, path):
     evaluation.save_figure(figure, path)
 
 
-def risk_bins(samples, edges):
-    """The (entropy bin, perplexity bin) of every sample."""
-    return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk, edges)) for sample in samples]
+def risk_bins(samples, name, edges):
+    """The (entropy bin, perplexity bin) of every sample under one reading of the method."""
+    return [tuple(ckv.risk_bin(x, e) for x, e in zip(sample.risk[name], edges)) for sample in samples]
 
 
 def protected_scores(sample, name, rule, W, budget, n_sets):
@@ -255,7 +256,7 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
     """
     settings, (_, L, H) = ckv.SETTINGS[name], W.shape
     grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, sets_of(name, model.config)
-    states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, edges)]
+    states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
     rewards = []
     for sample in samples:
         jobs = [(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in grid]
@@ -346,7 +347,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
     one, all_pass = np.ones((model.config.n_layer, model.config.n_head)), np.zeros(model.config.n_layer)
-    quantiles = [np.quantile([s.risk[i] for s in samples], np.arange(1, n) / n)
+    quantiles = [np.quantile([s.risk[name][i] for s in samples], np.arange(1, n) / n)
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
     named = lambda actions, rewards: {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
     with tqdm(desc=f"{name}, roll-outs", unit="roll-out", leave=False) as progress:
@@ -384,7 +385,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
 
 def check(model, samples, name, rules, W, T, edges, budgets, progress):
     """Roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did. These prompts made the tables."""
-    rows, n_sets, bins, all_pass = {}, sets_of(name, model.config), risk_bins(samples, edges), np.zeros(W.shape[1])
+    rows, n_sets, bins, all_pass = {}, sets_of(name, model.config), risk_bins(samples, name, edges), np.zeros(W.shape[1])
     for b, budget in enumerate(budgets):
         losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
         for sample, (e, p) in zip(samples, bins):

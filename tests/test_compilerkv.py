@@ -294,7 +294,7 @@ def test_only_the_prompts_own_cell_of_T_gate_changes_the_kept_set(name):
     window = SETTINGS[name].rules[0][0]
     plain = select(name, observation, cache, 100, constant_tables())
     tables = constant_tables()
-    entropy, perplexity = risk(observation, MAX_WINDOW)
+    entropy, perplexity = risk(observation, SETTINGS[name].window)
     e = sum(entropy >= edge for edge in tables.compiled[name].entropy_edges)
     p = sum(perplexity >= edge for edge in tables.compiled[name].ppl_edges)
     tables.compiled[name].T_gate[0, 1, e, p] = 1e9  # budget 64 is nearer to 100 than 256
@@ -304,6 +304,17 @@ def test_only_the_prompts_own_cell_of_T_gate_changes_the_kept_set(name):
     others = constant_tables(tau=1e9)
     others.compiled[name].T_gate[0, :, e, p] = 0
     assert same(select(name, observation, cache, 100, others), plain)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_reading_needs_no_query_before_its_own_window(name):
+    """Guards against a risk read from more queries than the rules need, which every prefill would have to observe."""
+    observation, cache = random_prompt(seed=8, T=150)
+    tables, w = constant_tables(), SETTINGS[name].window
+    tables.compiled[name].entropy_edges[:] = np.mean([risk(observation, n)[0] for n in (w, MAX_WINDOW)])  # tells the two apart
+    tables.compiled[name].T_gate[:, :, N_ENTROPY_BINS // 2:] = 1e9
+    narrow = Observation([A[:, -w:] for A in observation.attention], observation.logprobs[-w:])
+    assert same(select(name, observation, cache, 100, tables), select(name, narrow, cache, 100, tables))
 
 
 @properties

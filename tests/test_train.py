@@ -24,7 +24,7 @@ def sample(seed, T=150):
     mass[..., :ckv.SINKS] = 0
     mass[..., T - 8:] = 0
     u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
-    return train_tables.Sample(u, (3.0, 5.0), mass / mass.sum((1, 2), keepdim=True), None, cache, None, [], 0.0)
+    return train_tables.Sample(u, {}, mass / mass.sum((1, 2), keepdim=True), None, cache, None, [], 0.0)
 
 
 def share_kept(s, name, W, tau, budget):
@@ -61,8 +61,9 @@ def tiny_sample(seed, risk=(3.0, 5.0), T=150):
     tokens = torch.randint(CONFIG.vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
-    continuation = [5, 9, 2]
-    return model, train_tables.Sample(u, risk, None, None, cache, logits, continuation, model.nll(cache, logits, continuation).item())
+    continuation, risks = [5, 9, 2], dict.fromkeys(RULES, risk)
+    loss = model.nll(cache, logits, continuation).item()
+    return model, train_tables.Sample(u, risks, None, None, cache, logits, continuation, loss)
 
 
 def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
