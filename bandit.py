@@ -6,6 +6,7 @@ interface, on arrays of N experiences so that a whole log is one call:
 
     choose(states, generator) -> actions (N,)      explore and exploit
     update(states, actions, rewards)               learn from what happened
+    values() -> (n_states, n_actions)              how good each action looks
     greedy() -> (n_states,)                        the compiled table: the best known action of each state
     visits   -> (n_states, n_actions)              how often each action was tried
 
@@ -31,7 +32,7 @@ class EpsilonGreedy:
 
     def update(self, states, actions, rewards):
         """Add N experiences; the order does not matter."""
-        refuse_nan(rewards)
+        require_finite(rewards)
         np.add.at(self.sums, (states, actions), rewards)
         np.add.at(self.squares, (states, actions), np.square(rewards))
         np.add.at(self.visits, (states, actions), 1)
@@ -45,16 +46,17 @@ class EpsilonGreedy:
         return np.where(self.visits.any(1), self.values().argmax(1), self.default)
 
     def cautious(self, neutral):
-        """Best mean less one standard error, for rewards counted from those of the action `neutral`, which are all 0.
+        """The action whose mean less one standard error is highest, if that exceeds the neutral action's; else `neutral`: (n_states,).
 
-        An action that is better by luck on a few experiences does not displace the neutral one; on a single one, without error, it does.
+        Rewards are counted from the neutral action's, so its own are all 0. Luck on a few experiences does not displace it; a
+        single experience has no error and is believed.
         """
         n, mean = np.maximum(self.visits, 1), self.values()
         error = np.sqrt(np.maximum(self.squares / n - np.square(self.sums / n), 0) / n)
         bound = mean - error
         best = bound.argmax(1)
         better = bound[np.arange(len(best)), best] > bound[:, neutral]
-        return np.where(self.visits.any(1) & better, best, neutral)
+        return np.where(better, best, neutral)
 
 
 class LinUCB:
@@ -90,7 +92,7 @@ class LinUCB:
 
     def update(self, states, actions, rewards):
         """Add N experiences, one rank-1 update each."""
-        refuse_nan(rewards)
+        require_finite(rewards)
         for state, action, reward in zip(states, actions, rewards):
             x, inverse = self.features[state], self.inverse[action]
             ax = inverse @ x  # (d,)
@@ -127,7 +129,7 @@ class ConservativeQ:
         """Append N experiences to the log; Q is unchanged until `fit`."""
         with np.errstate(over="ignore"):
             rewards = np.asarray(rewards, dtype=np.float32)
-        refuse_nan(rewards)
+        require_finite(rewards)
         self.log.append((np.asarray(states), np.asarray(actions), rewards))
         np.add.at(self.visits, (states, actions), 1)
 
@@ -142,7 +144,7 @@ class ConservativeQ:
         if not self.log:
             return
         states, actions, rewards = (torch.from_numpy(np.concatenate(part)) for part in zip(*self.log))
-        # Rare states count as much as frequent ones: an experience is drawn with probability 1 / visits of its state.
+        # Rare states count as much as frequent ones: an experience is drawn in proportion to 1 / visits of its state.
         weight = 1.0 / torch.bincount(states, minlength=len(self.q))[states].double()
         q = self.q.clone().requires_grad_()
         optimizer = torch.optim.AdamW([q], lr=self.lr, weight_decay=self.weight_decay)
@@ -171,7 +173,7 @@ def explore_or_exploit(bandit, states, generator):
     return np.where(explore, generator.integers(bandit.visits.shape[1], size=len(states)), bandit.greedy()[states])
 
 
-def refuse_nan(rewards):
+def require_finite(rewards):
     """Raise ValueError for a reward that is not finite: one NaN would poison a whole table."""
     if not np.isfinite(rewards).all():
         raise ValueError("a reward is not finite")

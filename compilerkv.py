@@ -31,7 +31,7 @@ N_ENTROPY_BINS, N_PPL_BINS = 20, 4  # risk bins of the gate, as in the paper
 class Settings:
     """What distinguishes the paper's literal reading from ours; both run through the same functions."""
     scope: str     # over what Eq. 4 averages attention: "model" (layers and heads), "layer" (heads) or "head" (nothing)
-    queries: str   # how it joins the window's queries: their "mean", or the one that wants the token most, "max"
+    queries: str   # how Eq. 4 joins the window's queries: their "mean", or the one that wants the token most, "max"
     shared: bool   # one kept set a layer for all its KV heads, or sets of its KV heads that compete for the layer's budget
     rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
     W_grid: tuple  # actions of W_head
@@ -43,6 +43,10 @@ class Settings:
         """Last queries that prefill must observe: the widest window of the rules, which the risk signals read too."""
         return max(window for window, _ in self.rules)
 
+    def n_sets(self, G):
+        """Kept sets of a layer: one for all its G KV heads, or one for each."""
+        return 1 if self.shared else G
+
 
 PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
@@ -51,7 +55,7 @@ OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (3
                 W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.1)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
-MAX_WINDOW = max(s.window for s in SETTINGS.values())  # what prefill must observe to serve every policy
+MAX_WINDOW = max(WINDOW, *(s.window for s in SETTINGS.values()))  # what prefill must observe to serve every policy
 MIN_BUDGET = WINDOW + SINKS
 
 
@@ -61,12 +65,13 @@ def attention_level(observation, window, scope, queries="mean"):
     """alpha[t] of Eq. 4: attention of the window's queries on each key, times T, so that its mean over t is 1.
 
     L times (H, w, T) -> (L, H, T); under scope "model" and "layer" the averaged dimensions have size 1. With queries="max" the
-    query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1.
+    query that wants a token most speaks for it, not the mean of all, and the mean over t is no longer 1. Where prefill observed
+    fewer queries than `window`, these are read.
     """
-    join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1).float()}[queries]
+    join = {"mean": lambda A: A.mean(1, dtype=torch.float32), "max": lambda A: A.amax(1)}[queries]
     L, H, _, T = observation.shape
     received = torch.empty(L, H, T, device=observation.attention[0].device)
-    for row, A in zip(received, observation.attention):  # one tensor for all: 30 small ones would pin the room of float32 copies
+    for row, A in zip(received, observation.attention):  # one tensor, made first: the float32 copies in mean() then share one room
         row.copy_(join(A[:, -window:]))  # (H, w, T) -> (H, T)
     alpha = T * received
     averaged = {"model": (0, 1), "layer": (1,), "head": ()}[scope]
@@ -138,7 +143,7 @@ def protect(s, budget, window, sinks=SINKS):
     """Give the sinks and the window's tokens an infinite score. Where they alone exceed the budget, fewer window tokens."""
     s, T = s.clone(), s.shape[-1]
     s[..., :sinks] = torch.inf
-    s[..., T - min(window, max(budget - sinks, 1), T):] = torch.inf
+    s[..., T - min(window, budget - sinks, T):] = torch.inf
     return s
 
 
@@ -150,7 +155,7 @@ def highest(s, n):
     n = min(n, s.shape[-1])
     least = s.kthvalue(s.shape[-1] - n + 1, dim=-1, keepdim=True).values  # (..., 1) the lowest score that finds a place
     above, ties = s > least, s == least
-    return above | ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True))
+    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))  # of the ties, the first that still fit
 
 
 def top(s, budget):
@@ -191,7 +196,7 @@ def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     if tables is not None:
         (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)
     u = spread(utility(observation, cache, settings, window), window, kernel)  # (L, H, T)
-    kept = kept_tokens(u, W, tau, budget, window, 1 if settings.shared else G)
+    kept = kept_tokens(u, W, tau, budget, window, settings.n_sets(G))
     return [positions.expand(G, -1) for positions in kept]  # (1, S_l) or (G, S_l) -> (G, S_l)
 
 
@@ -310,7 +315,7 @@ def select_razor(observation, cache, budget, tables):
     if tables is None:
         raise ValueError("razor needs compiled tables: they tell which heads retrieve")
     L, G, T = len(cache.k), cache.k[0].shape[1], observation.n_tokens
-    n_all = min(L * G * (budget - MIN_BUDGET) // max(T - MIN_BUDGET, 1), L * G)
+    n_all = min(L * G * (budget - MIN_BUDGET) // max(T - MIN_BUDGET, 1), L * G)  # n_all T + (L G - n_all) MIN_BUDGET <= L G budget
     recent = (L * G * budget - n_all * T) // max(L * G - n_all, 1) - SINKS  # what is left, evenly
     rank = torch.from_numpy(tables.retrieval).view(L, G, -1).amax(2).flatten().argsort(descending=True, stable=True)
     chosen = torch.zeros(L * G, T, dtype=torch.bool)
@@ -337,8 +342,8 @@ POLICIES = {
 def check_budget(budget):
     """Raise UserError for a budget that cannot hold the sinks and the window."""
     if budget < MIN_BUDGET:
-        raise UserError(f"a budget of {budget} tokens a layer is too small: the window of {WINDOW} and {SINKS} sink "
-                        f"tokens are always kept, so give at least {MIN_BUDGET}")
+        raise UserError(f"a budget of {budget} tokens a layer is too small: policies keep up to {WINDOW} last and {SINKS} first "
+                        f"tokens in any case, so give at least {MIN_BUDGET}")
 
 
 def select(policy, observation, cache, budget, tables=None):
@@ -360,7 +365,7 @@ def evict(cache, *kept):
         G, C = cache.k[l].shape[1:3]
         positions = pad_sequence([s.T for s in sets], True, -1).transpose(1, 2).contiguous().to(cache.k[l].device)  # (rows, G, S)
         index = positions.clamp(min=0) + C * torch.arange(G, device=positions.device)[:, None]  # into (G C, D), the flat cache
-        k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # -> (rows, G, S, D)
+        k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # picks rows of a matrix: (rows, G, S) of (G C, D) -> (rows, G, S, D)
         v.append(F.embedding(index, cache.v[l].flatten(0, 2)))
         slots.append(positions)
     return KVCache(k, v, slots, cache.next_position.expand(len(kept)))
@@ -370,7 +375,7 @@ def evict(cache, *kept):
 
 @dataclass
 class Compiled:
-    """The two tables learned for one of SETTINGS, and the bins that index the gate."""
+    """The three tables learned for one of SETTINGS, and the bins that index the gate."""
     rules: np.ndarray          # (budgets, 2) window and kernel
     W_head: np.ndarray         # (budgets, L, H)
     T_gate: np.ndarray         # (budgets, L, 20, 4)
@@ -382,7 +387,7 @@ class Compiled:
 class Tables:
     """What offline compilation leaves: one .npz of some 15 kilobytes, valid for one model only."""
     budgets: np.ndarray   # (budgets,) tokens a layer that were compiled; others use the nearest in ratio
-    fingerprint: str      # of the model's weights
+    fingerprint: str      # of the model's weights file
     compiled: dict        # a name of SETTINGS -> Compiled
     retrieval: np.ndarray  # (L, H) share of the attention, while answering, on what is neither sink nor window
     provenance: dict = field(default_factory=dict)  # how the tables were made, JSON-serialisable
@@ -426,9 +431,9 @@ class Tables:
     def validate(self, path, config):
         """Raise UserError unless every array has the shape the model needs and finite, ordered entries."""
         n = self.budgets.size
-        if self.budgets.shape != (n,) or n == 0 or not (self.budgets >= MIN_BUDGET).all():
+        if self.budgets.dtype.kind != "i" or self.budgets.shape != (n,) or n == 0 or not (self.budgets >= MIN_BUDGET).all():
             raise UserError(f"{path}: damaged tables file (budgets {self.budgets})")
-        if self.retrieval.shape != (config.n_layer, config.n_head) or not np.isfinite(self.retrieval).all():
+        if self.retrieval.dtype.kind != "f" or self.retrieval.shape != (config.n_layer, config.n_head) or not np.isfinite(self.retrieval).all():
             raise UserError(f"{path}: damaged tables file (retrieval)")
         shapes = {"rules": (n, 2), "W_head": (n, config.n_layer, config.n_head), "T_gate": (n, config.n_layer, N_ENTROPY_BINS, N_PPL_BINS),
                   "entropy_edges": (N_ENTROPY_BINS - 1,), "ppl_edges": (N_PPL_BINS - 1,)}
@@ -456,7 +461,7 @@ def write_atomically(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)  # an answer may hold half a character
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -28,7 +28,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -37,10 +36,9 @@ from tqdm import tqdm
 import compilerkv as ckv
 from model import KVCache, UserError, load
 
-matplotlib.use("Agg")  # pictures go to files; no display is needed
+plt.switch_backend("agg")  # pictures go to files; no display is needed
 HERE = Path(__file__).parent
 DEFAULT_DATA, DEFAULT_TABLES = HERE / "data" / "mini_longbench", HERE / "tables" / "smollm2-135m.npz"
-BUDGETS = (128, 512)
 PROTOCOLS = ("query-aware", "query-agnostic")
 SAMPLE = 6             # records a task without --full: a multiple of the records that share a context
 RESAMPLES = 10000      # bootstrap resamples of the contexts behind every interval
@@ -69,10 +67,9 @@ def token_f1(answer, gold, classes):
 def lcs(a, b):
     """Which entries of b belong to a longest common subsequence of sequences a and b: sorted indices into b."""
     table = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int32)
-    codes = {}
-    b_codes = np.array([codes.setdefault(x, len(codes)) for x in b])
+    b = np.array(list(b), dtype=object)
     for i, x in enumerate(a, 1):
-        match = np.where(b_codes == codes.get(x, -1), table[i - 1, :-1] + 1, table[i - 1, 1:])
+        match = np.where(b == x, table[i - 1, :-1] + 1, table[i - 1, 1:])
         table[i, 1:] = np.maximum.accumulate(match)
     i, j, chosen = len(a), len(b), []
     while i and j:
@@ -149,11 +146,7 @@ class Task:
     one_line: bool = False  # a line break ends the answer and may not begin it, as LongBench generates samsum
 
 
-def plain(category, metric, ended=line_written, **more):
-    """A task without chat template."""
-    return Task(category, metric, chat=False, ended=ended, **more)
-
-
+plain = partial(Task, chat=False, ended=line_written)  # a task without chat template
 SINGLE, MULTI, SUMMARY, FEW, SYNTHETIC, CODE = ("single-document QA", "multi-document QA", "summarisation", "few-shot",
                                                 "synthetic", "code")
 TASKS = {
@@ -161,8 +154,8 @@ TASKS = {
     "fieldqa": plain(SINGLE, token_f1), "reportqa": plain(SINGLE, token_f1), "hopqa": plain(MULTI, token_f1),
     "kinqa": plain(MULTI, token_f1), "reports": plain(SUMMARY, rouge_l), "news": plain(SUMMARY, rouge_l),
     "qtype": plain(FEW, classification), "chats": plain(FEW, rouge_l), "count": plain(SYNTHETIC, number_share),
-    "which": Task(SYNTHETIC, number_share), "lines": plain(CODE, edit_similarity, code_written, lead="\n"),
-    "repo": plain(CODE, edit_similarity, code_written, lead="\n"),
+    "which": Task(SYNTHETIC, number_share), "lines": plain(CODE, edit_similarity, ended=code_written, lead="\n"),
+    "repo": plain(CODE, edit_similarity, ended=code_written, lead="\n"),
     # needles, and tasks in the style of RULER
     "needle": Task("needle", all_found), "multikey": Task("multi-key", all_found),
     "multivalue": Task("multi-value", all_found), "tracking": plain("variable tracking", all_found),
@@ -172,7 +165,7 @@ TASKS = {
     **{name: Task(SUMMARY, rouge_l) for name in ("gov_report", "qmsum", "multi_news")},
     "trec": plain(FEW, classification), "triviaqa": plain(FEW, token_f1), "samsum": plain(FEW, rouge_l, one_line=True),
     "passage_count": Task(SYNTHETIC, number_share), "passage_retrieval_en": Task(SYNTHETIC, number_share),
-    "lcc": plain(CODE, edit_similarity, code_written), "repobench-p": plain(CODE, edit_similarity, code_written),
+    **{name: plain(CODE, edit_similarity, ended=code_written) for name in ("lcc", "repobench-p")},
 }
 CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")  # of LongBench, not judged here
 
@@ -291,24 +284,26 @@ def encode(record, model):
 COLUMNS = ("protocol", "policy", "budget", "score", "dnll", "kept", "kv_bytes", "gated", "select_seconds", "answer")
 
 
-def look_ahead(model, cache, ids):
-    """Attention (L, H, S) that the slots get from all tokens to come together: an oracle's knowledge. The cache stays as found."""
+def look_ahead(model, observation, cache, ids):
+    """The observation with an oracle's knowledge: attention (L, H, S) that slots get from all tokens to come. The cache stays as found."""
     _, _, received = model.forward(torch.tensor([ids], device=model.device), cache, total=True)
     cache.rewind(len(ids))
-    return received[..., :-len(ids)]
+    return dataclasses.replace(observation, answer=received[..., :-len(ids)])
 
 
-def compress(policies, budgets, observation, cache, tables):
+def compress(model, policies, budgets, observation, cache, ids, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    gated: share of the layers that keep fewer tokens than they may. Caches with a KV head that keeps more than four times
-    the largest budget make a batch of their own, because they would pad all others.
+    ids: the tokens to come, which only hindsight sees. gated: share of the layers that keep fewer tokens than they may. Caches
+    with a KV head that keeps more than four times the largest budget make a batch of their own, because they would pad all others.
     """
+    if "hindsight" in policies:
+        observation = look_ahead(model, observation, cache, ids)
     parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
     for policy, budget in itertools.product(policies, budgets):
-        start = time.perf_counter()
+        start = clock(model.device)
         kept = ckv.select(policy, observation, cache, budget, tables)
-        seconds, most = time.perf_counter() - start, min(budget, observation.n_tokens)
+        seconds, most = clock(model.device) - start, min(budget, observation.n_tokens)
         gated = float(np.mean([(k >= 0).sum().item() < k.shape[0] * most for k in kept]))
         jobs, sets = parts[max(k.shape[1] for k in kept) > widest]
         jobs.append((policy, budget, gated, seconds))
@@ -340,11 +335,6 @@ def run_context(model, records, prompts, args, tables):
     for record, prompt in zip(records, prompts):
         question, gold, results = prompt.tokens[n_context:], prompt.gold, []
 
-        def compressed(observation, ids):
-            """The cache as it is now under every policy and budget; ids are the tokens to come, which only hindsight sees."""
-            ahead = look_ahead(model, cache, ids) if "hindsight" in policies else None
-            return compress(policies, args.budgets, dataclasses.replace(observation, answer=ahead), cache, tables)
-
         def measure(protocol, jobs, batch, logits, kept):
             """Append the results of a batch, one row a job; writing the answers uses the batch up."""
             nll, texts = model.nll(batch, logits, gold).tolist(), write_answer(model, record, batch, logits)
@@ -355,14 +345,14 @@ def run_context(model, records, prompts, args, tables):
         cache.rewind(cache.length[0] - n_context)  # to the end of the context
         logits, _, observation = model.prefill(question, width, total, before=context)
         full = model.nll(cache, logits, gold).item()
-        if policies and "query-aware" in args.protocols:
-            for jobs, batch in compressed(observation, gold):
+        if "query-aware" in args.protocols:
+            for jobs, batch in compress(model, policies, args.budgets, observation, cache, gold, tables):
                 measure("query-aware", jobs, batch, logits, batch.kept())
         if "full" in args.policies:
             measure("full", [("full", None, 0.0, 0.0)], cache, logits, cache.kept())
-        if policies and "query-agnostic" in args.protocols and not out:  # the context's first question only
+        if "query-agnostic" in args.protocols and not out:  # the context's first question only
             cache.rewind(cache.length[0] - n_context)
-            for jobs, batch in compressed(seen, question + gold):
+            for jobs, batch in compress(model, policies, args.budgets, seen, cache, question + gold, tables):
                 kept, ids = batch.kept(), torch.tensor([question], device=model.device)
                 hidden, _, _ = model.forward(ids.expand(len(kept), -1), batch)  # the question reads what is left of the context
                 measure("query-agnostic", jobs, batch, model.logits(hidden[:, -1]), kept)
@@ -398,7 +388,7 @@ def run(one_context, work, out, settings):
             done[rows[0]["id"]] = rows, seconds
     if done:
         print(f"continuing: {len(done)} of {len(work)} contexts were finished before", file=sys.stderr)
-    finished, interrupted = [], False
+    interrupted = False
     try:
         with open(journal, "a", encoding="utf-8") as file:
             for records, prompts in tqdm(work, desc="contexts", unit="context", dynamic_ncols=True):
@@ -408,13 +398,12 @@ def run(one_context, work, out, settings):
                     done[records[0]["_id"]] = line = rows, round(time.perf_counter() - start, 2)
                     file.write(f"\n{json.dumps(line)}\n")  # a line of its own, whatever a crash left before it
                     file.flush()
-                finished.append(done[records[0]["_id"]])
     except KeyboardInterrupt:  # report what is finished; the journal stays
         interrupted = True
-    if not finished:
-        journal.unlink()
+    if not done:
+        journal.unlink(missing_ok=True)
         raise KeyboardInterrupt
-    return finished, interrupted, journal
+    return [done[records[0]["_id"]] for records, _ in work if records[0]["_id"] in done], interrupted, journal
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -427,15 +416,14 @@ def resamples(contexts, tasks, seed):
         _, index = np.unique(contexts[tasks == task], return_inverse=True)  # which of the task's n contexts each record has
         n = index.max() + 1
         draws = generator.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
-        drawn = np.bincount(draws.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)  # how often each context
-        counts[:, tasks == task] = drawn[:, index]
+        drawn = np.bincount(draws.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)[:, index]  # how often each record
+        counts[:, tasks == task] = drawn * (len(index) / drawn.sum(1, keepdims=True))  # the task weighs the same in every draw
     return counts
 
 
 def interval(values, counts, weights=1.0):
     """95% percentile interval of the mean of `values` (records,) over the resamples -> [low, high]."""
-    weights = np.broadcast_to(np.asarray(weights, dtype=np.float64), len(values))
-    means = counts @ (weights * values) / (counts @ weights)
+    means = counts @ (weights * values) / (counts @ (weights * np.ones_like(values)))
     return np.percentile(means, (2.5, 97.5)).tolist()
 
 
@@ -558,32 +546,29 @@ def protocol_tables(summary):
     shown = [full] * bool(full) + part
     paired = lambda s, name, form: form.format(s[name], *s[name + "_ci"]) if name in s else "-"
     first = lambda s: [str(s["budget"] or "all"), label(s["policy"])]
-    out = [f"### {protocol}, {part[0]['n']} records", ""]
-    out += lines_of(
+    out = [f"### {protocol}, {part[0]['n']} records", "", *lines_of(
         ["budget", "policy", "score", "% of full", "score - SnapKV's [95%]", "dNLL [95%]", "dNLL - SnapKV's [95%]", "kept a layer",
          "gated %", "KV MB", "ms"],
         [first(s) + [f"{s['score']:.1f}", cell(100 * s["score"] / full["score"] if full and full["score"] else None, "{:.1f}"),
                      paired(s, "score_minus_snapkv", "{:+.1f} [{:+.1f}, {:+.1f}]"), paired(s, "dnll", "{:.3f} [{:.3f}, {:.3f}]"),
                      paired(s, "dnll_minus_snapkv", "{:+.3f} [{:+.3f}, {:+.3f}]"), f"{s['kept_mean']:.1f}",
                      cell(100 * s["gated"] if s["policy"] in ckv.SETTINGS else None, "{:.0f}"), f"{s['kv_bytes_mean'] / 1e6:.2f}",
-                     cell(s["select_ms"] or None, "{:.0f}")] for s in shown])
+                     cell(s["select_ms"] or None, "{:.0f}")] for s in shown])]
     out += [f"Tails, {protocol}: worst tenth of dNLL; failures, in % of the records that the full cache gets right; agreement "
-            "with the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", ""]
-    out += lines_of(
+            "with the full cache's answer; dNLL by the place of the needed fact, in fifths of the context.", "", *lines_of(
         ["budget", "policy", "worst tenth", "failures %", "agreement", "0-20%", "20-40%", "40-60%", "60-80%", "80-100%"],
         [first(s) + [f"{s['dnll_worst_tenth']:.2f}", cell(s.get("failures"), "{:.0f}"), cell(s.get("agreement"), "{:.0f}"),
-                     *map(cell, s["dnll_by_depth"])] for s in part])
+                     *map(cell, s["dnll_by_depth"])] for s in part])]
     tasks = list(part[0]["score_by_task"])
     out += [f"Scores by task, {protocol}:", ""]
     out += lines_of(["budget", "policy", *tasks], [first(s) + [f"{s['score_by_task'][t]:.1f}" for t in tasks] for s in shown])
     risky = [s for s in part if s["policy"] in ("snapkv", *ckv.SETTINGS)]
     if risky:
         out += [f"Do the risk signals predict the loss? {protocol}: Spearman's rho of each signal with dNLL over all records, the "
-                "mean of rho within tasks, and mean dNLL by rising quarter of the signal.", ""]
-        out += lines_of(
+                "mean of rho within tasks, and mean dNLL by rising quarter of the signal.", "", *lines_of(
             ["budget", "policy", "entropy rho", "within tasks", "by quarter", "perplexity rho", "within tasks", "by quarter"],
             [first(s) + [x for r in s["risk"].values() for x in (cell(r["spearman"], "{:+.2f}"), cell(r["within"], "{:+.2f}"),
-                                                                 " / ".join(map(cell, r["dnll_by_quarter"])))] for s in risky])
+                                                                 " / ".join(map(cell, r["dnll_by_quarter"])))] for s in risky])]
     return out
 
 
@@ -644,7 +629,7 @@ def draw_tails(summary, records, budget, path, title):
         dnll, look = np.sort(table[s["policy"], budget]["dnll"]), style(s["policy"])
         axes[0].plot(dnll, 100 * (1 - np.arange(len(dnll)) / len(dnll)), **{**look, "marker": None})
         for axis, values in zip(axes[1:], (s["dnll_by_depth"], *(r["dnll_by_quarter"] for r in s["risk"].values()))):
-            axis.plot(range(len(values)), [np.nan if v is None else v for v in values], **look)
+            axis.plot(np.array(values, dtype=float), **look)  # None becomes NaN, a gap
     axes[0].set(yscale="log", xlim=(-1, None), xlabel="dNLL, nats a token", ylabel="% of records at or above", title="Tail")
     axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[1].set(xlabel="where in the context the needed fact stands", ylabel="mean dNLL", title="Lost facts")
@@ -665,10 +650,8 @@ def draw_needles(records, protocol, path, title):
                                 layout="constrained", squeeze=False, sharex=True, sharey=True)
     for axis, (number, policy) in zip(axes.flat, itertools.product(numbers, policies)):
         points = np.mean([values["score"] for key, values in table.items() if key[0] == policy], axis=0)
-        image = np.full((len(depths), len(lengths)), np.nan)
-        for i, j in np.ndindex(*image.shape):
-            here = [p for p, c in zip(points, cells) if c == (number, lengths[j], depths[i])]
-            image[i, j] = np.mean(here) if here else np.nan
+        mean_at = lambda *place: np.mean([p for p, c in zip(points, cells) if c == place] or [np.nan])  # no record here: blank
+        image = np.array([[mean_at(number, length, depth) for length in lengths] for depth in depths])
         shown = axis.imshow(image, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
@@ -686,7 +669,7 @@ def draw_kept(model, record, args, budget, tables, path):
     if not policies:
         return
     _, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, "h2o" in policies)
-    observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
+    observation = look_ahead(model, observation, cache, prompt.gold)
     letters = [(t, c) for t, token in enumerate(prompt.tokens) for c in model.tokenizer.decode([token]).replace("\n", " ")]
     height, n_rows = -(-len(letters) // width), -(-len(policies) // 2)
     figure, axes = plt.subplots(n_rows, 2, figsize=(17, n_rows * (0.155 * height + 0.6)), layout="constrained", squeeze=False)
@@ -723,31 +706,27 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
             layers=False, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
-    learned_W, tau = learned_W.to(cache.k[0].device), tau.to(cache.k[0].device)
     window, kernel = window or rule[0], kernel or rule[1]
-    if gate != "learned":
-        tau = torch.zeros_like(tau)
-    if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
-        compiled = tables.budgets[tables.nearest(budget)]
-        check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
-        if gate == "constant":
-            tau += check["constant_tau"]
-        else:
-            budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
+    compiled = tables.budgets[tables.nearest(budget)]
+    check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]  # what the learned gate did to the calibration prompts
+    tau = {"learned": tau, "constant": torch.full_like(tau, check["constant_tau"])}.get(gate, torch.zeros_like(tau))  # (L,)
+    if gate == "smaller":  # as many tokens as the learned gate left
+        budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
-    alpha_rho = ckv.utility(observation, cache, setting, window) if norm else \
-        ckv.attention_level(observation, window, setting.scope, setting.queries).expand(*observation.shape[:2], -1)
-    u = ckv.spread(alpha_rho, window, kernel, sinks)  # (L, H, T)
-    s = ckv.protect(ckv.head_score(u, learned_W if W else torch.ones_like(learned_W), 1 if setting.shared else G), budget, window, sinks)
+    u = ckv.utility(observation, cache, setting, window) if norm else \
+        ckv.attention_level(observation, window, setting.scope, setting.queries)  # (L, H, T)
+    u = ckv.spread(u, window, kernel, sinks)
+    W = learned_W if W else torch.ones_like(learned_W)  # (L, H)
+    s = ckv.protect(ckv.head_score(u, W.to(u.device), setting.n_sets(G)), budget, window, sinks)  # (L, n_sets, T)
     if layers:  # one competition for all: B tokens a layer on average only
         chosen = ckv.highest(s.flatten(), s[..., 0].numel() * budget).view_as(s)
         return [ckv.positions_of(layer).expand(G, -1) for layer in chosen]  # (n_sets, T) -> (G, S_l)
-    return [kept.expand(G, -1) for kept in ckv.gate(s, tau, budget)]
+    return [kept.expand(G, -1) for kept in ckv.gate(s, tau.to(s.device), budget)]
 
 
 SWITCHES = {  # all rows: selectors, like ckv.POLICIES
-    "CompilerKV": partial(ablated, gate="learned"), "W = 1": partial(ablated, gate="learned", W=False),
+    "CompilerKV": ckv.select_compilerkv, "W = 1": partial(ablated, gate="learned", W=False),
     "constant tau": partial(ablated, gate="constant"), "smaller budget": partial(ablated, gate="smaller"), "no gate": ablated,
     **{name: partial(ablated, **change) for name, change in PARTS.items()},
     "paper grid": ckv.POLICIES["compilerkv-paper"], ORACLE: ckv.select_hindsight, "SnapKV": ckv.select_snapkv,
@@ -763,7 +742,7 @@ def ablate_context(model, records, prompts, args, tables):
         logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, total="H2O" in args.rows)
         full = model.nll(cache, logits, prompt.gold)
         if ORACLE in args.rows:
-            observation = dataclasses.replace(observation, answer=look_ahead(model, cache, prompt.gold))
+            observation = look_ahead(model, observation, cache, prompt.gold)
         dnll, kept = [], []
         for name in args.rows:
             batch = ckv.evict(cache, *(SWITCHES[name](observation, cache, budget, tables) for budget in args.budgets))
@@ -778,23 +757,23 @@ def write_ablation(model, records, results, meta, args, tables):
     dnll, kept = (np.array([row[name] for row in results]) for name in ("dnll", "kept"))  # (records, rows, budgets) each
     counts = resamples([row["context"] for row in results], [row["task"] for row in results], args.seed)
     show = lambda v, form: form.format(v.mean(), *interval(v, counts))
-    token = 2 * model.config.head_dim * torch.empty(0, dtype=model.dtype).element_size() * model.config.n_layer * model.config.n_kv_head
+    token = 2 * model.config.head_dim * model.dtype.itemsize * model.config.n_layer * model.config.n_kv_head
     rows = [[str(budget), name, show(dnll[:, i, b], "{:.3f} [{:.3f}, {:.3f}]"), f"{worst_tenth(dnll[:, i, b]):.2f}",
              f"{kept[:, i, b].mean():.1f}", f"{kept[:, i, b].mean() * token / 1e6:.2f}"]
             for b, budget in enumerate(args.budgets) for i, name in enumerate(args.rows)]
-    out, at, rows = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows), args.rows.index, []
-    for (b, budget), (name, other) in itertools.product(enumerate(args.budgets), PAIRS):
-        if {name, other} <= set(args.rows):
-            a, c = dnll[:, at(name), b], dnll[:, at(other), b]
-            rows.append([str(budget), f"{name} - {other}", show(a - c, "{:+.3f} [{:+.3f}, {:+.3f}]"),
-                         f"{worst_tenth(a) - worst_tenth(c):+.2f}",
-                         f"{kept[:, at(name), b].mean() - kept[:, at(other), b].mean():+.1f}"])
+    out = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows)
+    at = args.rows.index
+    pairs = [(at(name), at(other)) for name, other in PAIRS if {name, other} <= set(args.rows)]
+    rows = [[str(budget), f"{args.rows[i]} - {args.rows[j]}", show(dnll[:, i, b] - dnll[:, j, b], "{:+.3f} [{:+.3f}, {:+.3f}]"),
+             f"{worst_tenth(dnll[:, i, b]) - worst_tenth(dnll[:, j, b]):+.2f}", f"{kept[:, i, b].mean() - kept[:, j, b].mean():+.1f}"]
+            for b, budget in enumerate(args.budgets) for i, j in pairs]
     out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth", "kept a layer"], rows)
     if {"CompilerKV", "SnapKV", ORACLE} <= set(args.rows):
         ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", ORACLE))
-        closed = 100 * (rival - ours) / (rival - best)
-        out += ["Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
-                + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.", ""]
+        if (rival != best).all():  # they are equal where the budget holds every prompt whole
+            closed = 100 * (rival - ours) / (rival - best)
+            out += ["Share of the gap from SnapKV to hindsight that CompilerKV closes, by budget: "
+                    + ", ".join(f"{c:.0f}%" for c in closed) + f"; mean {closed.mean():.0f}%.", ""]
     report = "\n".join([heading(meta), "", *out])
     ckv.write_atomically(args.out / f"ablation-{meta['data']}.md", report)
     return report
@@ -829,11 +808,9 @@ def fastest(rounds, device, *works):
 
 def peak_memory():
     """Most bytes of main memory that the process has held so far; None where the system does not tell (Windows)."""
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB
 
 
 def machine_rates(model):
@@ -1035,21 +1012,17 @@ def parse(argv):
     parser.add_argument("--tasks", type=names, help="comma-separated names of the only tasks to run (default: all)")
     parser.add_argument("--out", type=Path, help="a directory (default: results/sample, full or quick; results with --ablate or --speed)")
     args = parser.parse_args(argv)
-    default, given = "64,128,256,512" if args.ablate else ",".join(map(str, BUDGETS)), args.budgets is not None
+    default = "128" if args.quick else "64,128,256,512" if args.ablate else "128,512"
     try:
-        args.budgets = sorted({int(b) for b in (args.budgets if given else default).split(",")})
+        args.budgets = sorted({int(b) for b in (default if args.budgets is None else args.budgets).split(",")})
     except ValueError:
         raise UserError(f"--budgets takes whole numbers with commas, not {args.budgets!r}") from None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
-    if (args.limit is not None) + args.full + args.quick > 1:
-        raise UserError("--full, --quick and --limit exclude each other: each says how many records to take")
-    if args.speed and (args.ablate or args.full or args.quick or args.limit is not None):
-        raise UserError("--speed excludes --ablate, --full, --quick and --limit: it times one text at every length")
-    if args.quick:
-        args.budgets, args.limit = args.budgets if given else [128], 1
-    elif not args.full:
-        args.limit = args.limit or SAMPLE
+    if (args.limit is not None) + args.full + args.quick + args.speed > 1 or args.speed and args.ablate:
+        raise UserError("--speed, --full, --quick and --limit exclude each other: each says what to run on; so do --speed and --ablate")
+    if not args.full:
+        args.limit = 1 if args.quick else args.limit or SAMPLE
     if args.rows and not args.ablate:
         raise UserError("--rows belongs to --ablate")
     if (args.ablate or args.speed) and (args.policies, args.protocols) != (list(ckv.POLICIES), list(PROTOCOLS)):
@@ -1086,14 +1059,13 @@ def main(argv=None):
         print(write_speed(model, records, args, tables, settings))
         return 0
     work = contexts(records, [encode(record, model) for record in records])
-    one_context = ablate_context if args.ablate else run_context
+    one_context, write = (ablate_context, write_ablation) if args.ablate else (run_context, write_report)
     finished, interrupted, journal = run(lambda *context: one_context(model, *context, args, tables), work, args.out,
                                          {**settings, "rows": args.rows if args.ablate else None})
     context, order = {r["_id"]: (r["dataset"], r["context"]) for r in records}, {}  # contexts are numbered as they come
     results = [{**row, "context": order.setdefault(context[row["id"]], len(order))} for rows, _ in finished for row in rows]
     meta = {**settings, "n_records": len(results), "n_contexts": len(order), "interrupted": interrupted,
             "seconds": round(sum(seconds for _, seconds in finished), 1), "cut": sum(row["cut"] for row in results)}
-    write = write_ablation if args.ablate else write_report
     print(write(model, records, results, meta, args, tables))
     if interrupted:
         print(f"interrupted: {len(results)} of {len(records)} records are in the report; the same command goes on from here",

@@ -35,7 +35,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the network, which `read_config` takes from the GGUF file's `llama.*` keys."""
+    """Sizes of the network, which `read_config` takes from the GGUF file's metadata."""
     n_layer: int
     n_head: int
     n_kv_head: int
@@ -78,19 +78,16 @@ class KVCache:
 
     def layer(self, l):
         """The slots of layer l in use: keys (B, G, S, D), values (B, G, S, D), positions (B, G, S)."""
-        end = self.length[l]
-        return self.k[l][:, :, :end], self.v[l][:, :, :end], self.slots[l][:, :, :end]
+        return tuple(part[l][:, :, :self.length[l]] for part in (self.k, self.v, self.slots))
 
     def append(self, l, k, v, positions):
         """Write n new slots, k and v (B, G, n, D) at positions (B, n), behind those in use of layer l."""
         start, end = self.length[l], self.length[l] + k.shape[2]
-        if end > self.k[l].shape[2]:
-            more = end + SPARE_SLOTS - self.k[l].shape[2]
-            for part in (self.k, self.v, self.slots):  # (B, G, C, ...) -> (B, G, C + more, ...)
-                part[l] = torch.cat((part[l], part[l].new_empty(*part[l].shape[:2], more, *part[l].shape[3:])), dim=2)
-        self.k[l][:, :, start:end] = k
-        self.v[l][:, :, start:end] = v
-        self.slots[l][:, :, start:end] = positions[:, None]  # (B, n) -> (B, G, n)
+        for part, new in (self.k, k), (self.v, v), (self.slots, positions[:, None]):  # (B, n) -> (B, 1, n), the same for all G
+            B, G, C, *D = part[l].shape
+            if end > C:  # full: (B, G, C, ...) -> (B, G, end + SPARE_SLOTS, ...)
+                part[l] = torch.cat((part[l], part[l].new_empty(B, G, end + SPARE_SLOTS - C, *D)), dim=2)
+            part[l][:, :, start:end] = new
         self.length[l] = end
 
     def rewind(self, n):
@@ -205,7 +202,7 @@ def attend(q, k, v, slots, positions, padded):
         mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     mask = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
-    mask = mask[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)  # -> (B, G, R n, S)
+    mask = mask.repeat(1, 1, R, 1)  # -> (B, G, R n, S), the same for each of the R query heads
     return F.scaled_dot_product_attention(q.reshape(B, G, R * n, D), k, v, attn_mask=mask).view(B, H, n, D)
 
 
@@ -235,7 +232,7 @@ class Model:
     def __init__(self, config, embedding, blocks, norm, head, inv_freq, fingerprint, tokenizer=None, name="model"):
         self.config, self.blocks, self.tokenizer, self.name = config, blocks, tokenizer, name
         self.embedding, self.norm, self.head = embedding, norm, head  # (V, E), (E,), (V, E)
-        self.inv_freq, self.fingerprint = inv_freq, fingerprint       # (D/2,), hexadecimal digest of the weights
+        self.inv_freq, self.fingerprint = inv_freq, fingerprint       # (D/2,), hexadecimal digest of the weights file
         self.dtype, self.device = embedding.dtype, embedding.device
 
     @torch.inference_mode()
@@ -246,25 +243,25 @@ class Model:
         queries, L times (H, observe, D), none if 0; if `total` the attention of all n queries, summed (L, H, S), else None.
         Raises UserError when the tokens do not fit into the model's context, ValueError when an evicted cache is observed.
         """
-        c, (B, n), S = self.config, tokens.shape, cache.length[0] + tokens.shape[1]
+        c, (B, n) = self.config, tokens.shape
         positions = cache.next_position[:, None] + torch.arange(n, device=self.device)  # (B, n)
         end = int(positions.max()) + 1
         if end > c.context_length:
             raise UserError(f"{end} tokens do not fit into the model's context of {c.context_length}: shorten the prompt or the answer")
-        if (observe or total) and not S == end == n + min(cache.length):
-            raise ValueError("attention can be observed on a cache that nothing was evicted from, no other")
+        if (observe or total) and (B > 1 or cache.padded or set(cache.length) != {end - n}):  # slot t must hold position t
+            raise ValueError("attention can be observed on one cache that nothing was evicted from, no other")
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
         x = self.embedding[tokens]  # (B, n, E)
         queries, room = [], x.new_empty(B, n, 2 * c.n_ff)
-        summed = x.new_zeros(c.n_layer, c.n_head, S, dtype=torch.float32) if total else None
+        summed = x.new_zeros(c.n_layer, c.n_head, end, dtype=torch.float32) if total else None
         for l, block in enumerate(self.blocks):
             y, q = self.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
             if observe:
-                queries.append(q[0, :, -observe:].clone())  # (H, observe, D)
+                queries.append(q[0, :, -observe:].clone())  # (H, observe, D); a view would keep the layer's n queries and keys alive
             for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
-                A = observe_attention(q[0, :, i:i + QUERY_BLOCK], cache.layer(l)[0][0], S - n + i)  # (H, QUERY_BLOCK, S)
+                A = observe_attention(q[0, :, i:i + QUERY_BLOCK], cache.layer(l)[0][0], end - n + i)  # (H, QUERY_BLOCK, S)
                 summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
             x = x + y
             x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up, room), block.down)  # (B, n, F) -> (B, n, E)
@@ -293,6 +290,7 @@ class Model:
         """Next-token scores, (..., E) -> (..., V), float32."""
         return linear(hidden, self.head).float()
 
+    @torch.inference_mode()
     def prefill(self, tokens, window, total=False, before=None):
         """Run a whole prompt once, or its next part.
 
@@ -309,14 +307,13 @@ class Model:
         n = min(window, len(tokens))
         ids = torch.tensor([tokens], device=self.device)  # (1, T)
         hidden, queries, summed = self.forward(ids, cache, observe=n, total=total)
-        with torch.inference_mode():
-            logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
-            if len(logits) == n and last is not None:
-                logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one
-            predicted = ids[0, len(tokens) - len(logits) + 1:]  # the window's tokens that have a predecessor
-            logprobs = -F.cross_entropy(logits[:-1], predicted, reduction="none")  # (w, V) -> (w,)
-            observation = Observation(last_attention(queries, cache), logprobs, summed)
-            return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
+        logits = self.logits(hidden[0, -n - 1:])  # (n + 1, V), or (T, V) where T = n
+        if len(logits) == n and last is not None:
+            logits = torch.cat((last[None], logits))  # the part before predicts the first token of this one
+        predicted = ids[0, len(tokens) - len(logits) + 1:]  # the window's tokens that have a predecessor
+        logprobs = -F.cross_entropy(logits[:-1], predicted, reduction="none")  # (w, V) -> (w,)
+        observation = Observation(last_attention(queries, cache), logprobs, summed)
+        return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
 
     @torch.inference_mode()
     def nll(self, cache, logits, continuation):
@@ -462,43 +459,40 @@ def load(path=None, dtype=None, device="cpu"):
 
 def read_model(path, meta, arrays, dtype, device):
     """The Model of a file's metadata and its tensors by name. Raises KeyError for what is missing."""
-    meta = {"llama.rope.scaling.type": "linear", "tokenizer.ggml.pre": "gpt-2", **meta}  # what a file means that does not say
+    meta = {"llama.rope.scaling.type": "linear", "tokenizer.ggml.pre": "gpt-2", **meta}  # for keys that a file may leave out
     c = read_config(path, meta)
 
+    E, Q, KV = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim  # widths
+
     def take(name, *shape, dtype=dtype):
-        """De-quantise one tensor of the shape (out, in) that the configuration asks for."""
-        tensor = arrays.pop(name)
+        """De-quantise the tensor `name`.weight, whose shape (out, in) the configuration tells."""
+        tensor = arrays.pop(f"{name}.weight")
         w = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         if w.shape != shape:
-            raise UserError(f"{path}: the tensor {name} has shape {tuple(w.shape)}, but the file's settings need {shape}")
+            raise UserError(f"{path}: the tensor {name}.weight has shape {tuple(w.shape)}, but the file's settings need {shape}")
         return w.to(device, dtype)
 
     def heads(name, n_head):
         """Undo GGUF's row order for interleaved RoPE: pairs (2i, 2i + 1) back to (i, i + D/2)."""
-        w = take(name, n_head * c.head_dim, c.n_embd)
-        return w.view(n_head, -1, 2, c.n_embd).transpose(1, 2).reshape(w.shape)
+        return take(name, n_head * c.head_dim, E).view(n_head, -1, 2, E).transpose(1, 2).reshape(-1, E)
 
     blocks = []
-    for l in range(c.n_layer):
-        p = f"blk.{l}."
-        qkv = torch.cat((heads(p + "attn_q.weight", c.n_head), heads(p + "attn_k.weight", c.n_kv_head),
-                         take(p + "attn_v.weight", c.n_kv_head * c.head_dim, c.n_embd)))
-        gate_up = torch.cat([take(p + name, c.n_ff, c.n_embd) for name in ("ffn_gate.weight", "ffn_up.weight")])
-        blocks.append(Block(take(p + "attn_norm.weight", c.n_embd), qkv,
-                            take(p + "attn_output.weight", c.n_embd, c.n_head * c.head_dim),
-                            take(p + "ffn_norm.weight", c.n_embd), gate_up, take(p + "ffn_down.weight", c.n_embd, c.n_ff)))
-    embedding = take("token_embd.weight", c.vocab_size, c.n_embd)
-    head = take("output.weight", c.vocab_size, c.n_embd) if "output.weight" in arrays else embedding  # untied or tied
-    norm = take("output_norm.weight", c.n_embd)
+    for p in (f"blk.{l}." for l in range(c.n_layer)):
+        qkv = torch.cat((heads(p + "attn_q", c.n_head), heads(p + "attn_k", c.n_kv_head), take(p + "attn_v", KV, E)))
+        gate_up = torch.cat((take(p + "ffn_gate", c.n_ff, E), take(p + "ffn_up", c.n_ff, E)))
+        blocks.append(Block(take(p + "attn_norm", E), qkv, take(p + "attn_output", E, Q),
+                            take(p + "ffn_norm", E), gate_up, take(p + "ffn_down", E, c.n_ff)))
+    embedding, norm = take("token_embd", c.vocab_size, E), take("output_norm", E)
+    head = take("output", c.vocab_size, E) if "output.weight" in arrays else embedding  # untied or tied
     factors = meta.get("llama.rope.scaling.factor", 1.0) if meta["llama.rope.scaling.type"] == "linear" else 1.0
     if "rope_freqs.weight" in arrays:
-        factors = take("rope_freqs.weight", c.head_dim // 2, dtype=torch.float32).cpu()
+        factors = factors * take("rope_freqs", c.head_dim // 2, dtype=torch.float32).cpu()
     if arrays:
         raise UserError(f"{path}: this model has tensors that a plain Llama has not, such as {min(arrays)}")
-    pre = meta["tokenizer.ggml.pre"]
-    tokenizer = Tokenizer(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"],
-                          pre, meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.bos_token_id"],
-                          meta["tokenizer.ggml.eos_token_id"], meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
+    names = ("tokens", "token_type", "pre", "bos_token_id", "eos_token_id")
+    tokens, types, pre, bos, eos = (meta[f"tokenizer.ggml.{name}"] for name in names)
+    tokenizer = Tokenizer(tokens, types, pre, meta.get("tokenizer.chat_template"), bos, eos,
+                          meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
     return Model(c, embedding, blocks, norm, head, rope_frequencies(c, factors).to(device),
                  hashlib.sha256(path.read_bytes()).hexdigest(), tokenizer, meta.get("general.name", path.stem))
 

@@ -1,7 +1,8 @@
 """Compile the tables offline, from experience with the real model: `python train_tables.py`.
 
 1. Collect. Every calibration prompt is prefilled once. A pass over the right continuation then shows which cache entries it
-   really needs: mass[l,g,t], the most attention that any of its queries pays, times value length, summed over the query heads.
+   really needs: mass[l,g,t], the most attention that any of its queries pays, summed over the query heads, times value length
+   (over the mean length in the KV head, as in Eq. 4).
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
 3. Heads, from two rewards, on each half of the corpus. The share: in state (budget, layer, head), W_head takes one of the
@@ -116,11 +117,6 @@ def collect(model, prompt):
 
 # --------------------------------------------------------------------------------------------------------------- learn
 
-def sets_of(name, model_config):
-    """How many kept sets a layer has under one reading of the method."""
-    return 1 if ckv.SETTINGS[name].shared else model_config.n_kv_head
-
-
 def head_rewards(sample, name, rule, budget):
     """Reward of every grid value for every head, all others at 1, less that of 1: (A, L, H).
 
@@ -130,11 +126,11 @@ def head_rewards(sample, name, rule, budget):
     """
     settings, (L, G, T), window = ckv.SETTINGS[name], sample.mass.shape, min(rule[0], budget - ckv.SINKS)
     u, mass = (x[..., ckv.SINKS:T - window] for x in (sample.pooled(name, rule), sample.mass))  # (L, H, T'), (L, G, T')
-    n_sets, H = 1 if settings.shared else G, u.shape[1]
+    n_sets, H = settings.n_sets(G), u.shape[1]
     mass = (mass if n_sets > 1 else mass.sum(1, keepdim=True)).flatten(1)  # (L, N) with N = n_sets T' entries that compete
     places, N = n_sets * (budget - ckv.SINKS - window), mass.shape[1]
     grid = torch.tensor(settings.W_grid, dtype=torch.float32)
-    neutral, rewards = int(grid.log().abs().argmin()), []
+    neutral, rewards = settings.W_grid.index(1.0), []
     if places == 0:  # sinks and window take all
         return torch.zeros(len(grid), L, H)
     for h in range(H):
@@ -158,7 +154,7 @@ def head_log(samples, name, rule, budget):
 def learn_heads(samples, name, rules, budgets, n_layer, n_head):
     """W_head (budgets, L, H) from the share: every action of every head tried on every prompt. Also the number of experiences."""
     grid, W, count = np.array(ckv.SETTINGS[name].W_grid), np.ones((len(budgets), n_layer, n_head)), 0
-    neutral = int(np.abs(np.log(grid)).argmin())
+    neutral = ckv.SETTINGS[name].W_grid.index(1.0)
     for b, budget in enumerate(budgets):
         rewards = head_log(samples, name, rules[b], budget)
         _, states, actions = np.indices(rewards.shape)
@@ -204,8 +200,9 @@ def compare_learners(log, held_out, seed):
     P, S, A = log.shape
     scale = float(log.std()) or 1.0  # one learning rate, one width of confidence
     best, every, out = log.mean(0).max(-1), np.arange(S), {}  # best: (S,)
-    learners = {"random": EpsilonGreedy(S, A, epsilon=1.0), "epsilon-greedy": EpsilonGreedy(S, A),
-                "LinUCB": LinUCB(np.eye(S), A), "conservative Q": ConservativeQ(S, A)}
+    neutral = int(np.abs(log).sum((0, 1)).argmin())  # W = 1, from whose rewards all are counted
+    learners = {"random": EpsilonGreedy(S, A, epsilon=1.0, default=neutral), "epsilon-greedy": EpsilonGreedy(S, A, default=neutral),
+                "LinUCB": LinUCB(np.eye(S), A), "conservative Q": ConservativeQ(S, A, default=neutral)}
     for name, learner in learners.items():
         rng, generator, regret = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
         for rewards in log:  # (S, A)
@@ -220,7 +217,6 @@ def compare_learners(log, held_out, seed):
     complete = EpsilonGreedy(S, A)
     _, states, actions = np.indices(log.shape)
     complete.update(states.ravel(), actions.ravel(), log.ravel())
-    neutral = int(np.abs(log).sum((0, 1)).argmin())
     out["complete log, cautious"] = None, float(held_out.mean(0)[every, complete.cautious(neutral)].mean())
     return out
 
@@ -249,13 +245,13 @@ def protected_scores(sample, name, rule, W, budget, n_sets):
 
 
 def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
-    """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs. Also which states were seen (20, 4).
+    """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs. Also prompts that visited each state (20, 4).
 
     All layers share the threshold of a risk state: one loss a roll-out cannot tell 30 of them apart. A rare state leans on
     the mean over all by PRIOR pseudo-experiences; one that no prompt visited takes that mean's threshold.
     """
     settings, (_, L, H) = ckv.SETTINGS[name], W.shape
-    grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, sets_of(name, model.config)
+    grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, settings.n_sets(model.config.n_kv_head)
     states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
     rewards = []
     for sample in samples:
@@ -276,8 +272,7 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
         for _ in range(PRIOR):
             bandit.update(np.arange(n_states)[:, None], a[None], mean[None])
         T[b] = grid[bandit.greedy()].reshape(T.shape[2:])
-    seen = np.bincount(states, minlength=n_states).reshape(T.shape[2:]) > 0
-    return T, seen
+    return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:])
 
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
@@ -291,7 +286,7 @@ def roll_out(model, sample, name, jobs):
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
         W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
-        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], sets_of(name, model.config))
+        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], ckv.SETTINGS[name].n_sets(model.config.n_kv_head))
         which.append(tuple(k.numpy().tobytes() for k in kept))
         sets[which[-1]] = [k.expand(G, -1) for k in kept]
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
@@ -366,8 +361,8 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        T, seen = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
-        evidence["gate_states_seen"] = float(seen.mean())
+        T, visits = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
+        evidence["gate_visits"] = visits.tolist()
         evidence["check"] = check(model, samples, name, rules, W, T, quantiles, budgets, progress)
         evidence["roll_outs"] = progress.n
     if name == "compilerkv":
@@ -385,7 +380,8 @@ def compile_tables(model, samples, name, budgets, seed, say):
 
 def check(model, samples, name, rules, W, T, edges, budgets, progress):
     """Roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did. These prompts made the tables."""
-    rows, n_sets, bins, all_pass = {}, sets_of(name, model.config), risk_bins(samples, name, edges), np.zeros(W.shape[1])
+    rows, bins, all_pass = {}, risk_bins(samples, name, edges), np.zeros(W.shape[1])
+    n_sets = ckv.SETTINGS[name].n_sets(model.config.n_kv_head)
     for b, budget in enumerate(budgets):
         losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
         for sample, (e, p) in zip(samples, bins):
@@ -407,12 +403,14 @@ def check(model, samples, name, rules, W, T, edges, budgets, progress):
 
 # -------------------------------------------------------------------------------------------------------------- report
 
-def heat_maps(compiled, budgets, stem):
+def heat_maps(compiled, evidence, budgets, stem):
     """W_head (layer x head, one panel a budget) and T_gate (layer x risk bin) as PNG files beside the tables."""
-    def draw(arrays, name, title, xlabel, limits, color_map):
+    def draw(arrays, name, title, xlabel, limits, color_map, marked=()):
         figure, axes = plt.subplots(1, len(arrays), figsize=(3.4 * len(arrays) + 1, 6.2), squeeze=False, layout="constrained")
         for axis, array, budget in zip(axes[0], arrays, budgets):
             image = axis.imshow(array, aspect="auto", cmap=color_map, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            if len(marked):
+                axis.plot(marked, np.full(len(marked), -1), "v", color="dimgrey", markersize=3)  # in a strip above layer 0
             axis.set(title=f"budget {budget}", xlabel=xlabel)
         axes[0, 0].set_ylabel("layer")
         figure.suptitle(title)
@@ -426,8 +424,9 @@ def heat_maps(compiled, budgets, stem):
              "RdBu_r")
         flat = c.T_gate.transpose(0, 1, 3, 2).reshape(*c.T_gate.shape[:2], -1)  # (budgets, L, 20, 4) -> (budgets, L, 4 x 20)
         logs = np.log2(np.maximum(flat, 0.25))  # tau = 0, keep all, is drawn as 0.25
-        draw(logs, f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, entropy rises within each)",
-             "risk bin", (float(logs.min()), float(logs.max())), "viridis")
+        draw(logs, f"{name}-T_gate", f"{name}: log2 T_gate (4 blocks of rising perplexity, entropy rises within each; "
+             "triangles: no prompt came there)", "risk bin", (float(logs.min()), float(logs.max())), "viridis",
+             np.flatnonzero(np.transpose(evidence[name]["gate_visits"]).ravel() == 0))
 
 
 def describe(name, compiled, evidence, budgets, retrieval, say):
@@ -488,7 +487,7 @@ def main(argv=None):
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)
     stem = out.with_suffix("")
     ckv.write_atomically(out.with_suffix(".json"), json.dumps(provenance, indent=1))
-    heat_maps(compiled, budgets, stem)
+    heat_maps(compiled, evidence, budgets, stem)
     curves = dict(evidence["compilerkv"]["learners"])
     budget = curves.pop("budget")
     draw_learners({who: (c["regret"], c["held_out_reward"]) for who, c in curves.items()}, budget, stem.with_name(f"{stem.name}-learners.png"))

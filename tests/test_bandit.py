@@ -179,3 +179,31 @@ def test_a_cautious_choice_needs_more_than_luck():
         bandit.update([state] * 2, [2] * 2, [-1.0, -1.0])
     assert bandit.greedy().tolist() == [0, 1, 1]
     assert bandit.cautious(neutral=0).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("rewards, choice", [
+    ({1: [0.1, 0.5, 0.1, 0.5, -0.3]}, 1),                 # mean 0.18, error 0.13, deviation 0.30
+    ({1: [0.9, -0.9, 0.9, -0.6, 0.1]}, 0),                # mean 0.08, error 0.33
+    ({1: [0.9, 0.9, -0.9, 0.9], 2: [0.3] * 4}, 2),        # mean 0.45, error 0.39; mean 0.30, no error
+])
+def test_caution_is_one_standard_error_of_the_mean(rewards, choice):
+    """Guards against the deviation for the error, a best mean for the best bound, and repeated pairs that are counted once."""
+    bandit = EpsilonGreedy(1, 3)
+    for action in range(3):
+        paid = rewards.get(action, [-1.0 * action, -1.0 * action])
+        bandit.update([0] * len(paid), [action] * len(paid), paid)  # the same pair again and again in one update
+    assert bandit.cautious(neutral=0).tolist() == [choice]
+
+
+def test_linucb_breaks_ties_at_random():
+    """Guards against a fresh bandit that always opens with action 0."""
+    assert set(LinUCB(np.eye(1), 4).choose([0] * 200, np.random.default_rng(0))) == {0, 1, 2, 3}
+
+
+def test_weights_of_states_without_experience_decay():
+    """Guards against AdamW without its decay: lr 0.1 times 0.5, three steps of one batch each."""
+    bandit = ConservativeQ(2, 2, lr=0.1, weight_decay=0.5, batch=4, epochs=3)
+    bandit.q[1] = 1
+    bandit.update([0] * 4, [0, 1, 0, 1], [0.0] * 4)
+    bandit.fit(torch.Generator().manual_seed(0))
+    assert bandit.values()[1] == pytest.approx([0.95 ** 3] * 2)

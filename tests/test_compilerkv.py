@@ -118,7 +118,7 @@ def test_alpha_looks_at_the_last_queries_only():
 def test_protected_tokens_lend_nothing_to_their_neighbours():
     """Guards against a dozen places behind the first token that its own sink would win for them."""
     u = torch.rand(L, H, 60, generator=torch.Generator().manual_seed(5))
-    u[..., 0] = u[..., -1] = 100
+    u[..., :SINKS] = u[..., -16:] = 100
     spread_u = spread(u, 16, 7)
     assert spread_u[..., SINKS:-16].max() < 1 and torch.equal(spread(u, 16, 1), u) and (u[..., 0] == 100).all()
     for t in range(10, 40):
@@ -452,9 +452,9 @@ def test_a_pyramid_never_gives_a_layer_more_than_there_is():
     assert max(sizes) in (599, 600, 601) and sum(sizes) == 30 * 500
 
 
-def test_kv_heads_of_adakv_compete_and_have_a_fifth_to_themselves():
+@pytest.mark.parametrize("T, budget", [(150, 80), (450, 200)])  # a fifth is less than the window, and more
+def test_kv_heads_of_adakv_compete_and_have_a_fifth_to_themselves(T, budget):
     """Guards against AdaKV that is SnapKV under another name, and against a head that is left with nothing."""
-    T, budget = 150, 80
     observation, cache = random_prompt(seed=13, T=T)
     attention = torch.stack(observation.attention)
     attention[:, :H // G] *= 1e-3  # the first KV head's queries look at no token before the window with any weight
@@ -652,7 +652,7 @@ def test_wrong_entries_are_refused_in_one_line(tmp_path, name, key, damage):
     assert_one_line(error, path, f"{name}/{key}")
 
 
-@pytest.mark.parametrize("wrong", [[np.nan, 256], [0, 256], [-64, 256]])
+@pytest.mark.parametrize("wrong", [[np.nan, 256], [0, 256], [-64, 256], ["64", "256"]])
 def test_wrong_budgets_are_refused_in_one_line(tmp_path, wrong):
     """Guards against a budget whose logarithm is NaN, which argmin takes for the nearest to everything."""
     path, tables = tmp_path / "tables.npz", constant_tables()
@@ -661,6 +661,16 @@ def test_wrong_budgets_are_refused_in_one_line(tmp_path, wrong):
     with pytest.raises(UserError) as error:
         Tables.load(path, MODEL)
     assert_one_line(error, path, "budgets")
+
+
+def test_a_retrieval_table_of_text_is_refused_in_one_line(tmp_path):
+    """Guards against a TypeError for numbers that were saved as text."""
+    path, tables = tmp_path / "tables.npz", constant_tables()
+    tables.retrieval = tables.retrieval.astype(str)
+    tables.save(path)
+    with pytest.raises(UserError) as error:
+        Tables.load(path, MODEL)
+    assert_one_line(error, path, "retrieval")
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 
-from compilerkv import evict
+from compilerkv import evict, positions_of
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
 from model import (BYTE_ALPHABET, QUERY_BLOCK, ROW_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path,
                    last_attention, load, rms_norm, rope_frequencies)
@@ -188,9 +188,12 @@ def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n
     assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
     assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
     cache.rewind(n)
-    for kept in ([torch.arange(1, T).expand(G, -1)] * L, [torch.arange(T - (l > 0)).expand(G, -1) for l in range(L)]):
+    whole, one_head = [torch.arange(T).expand(G, -1)] * L, [positions_of(torch.arange(T) <= torch.tensor([[T], [0]]))] * L
+    for kept in ([torch.arange(1, T).expand(G, -1)] * L, [torch.arange(T - (l > 0)).expand(G, -1) for l in range(L)], one_head):
         with pytest.raises(ValueError, match="evicted"):
             MODEL.forward(ids, evict(cache, kept), total=True)
+    with pytest.raises(ValueError, match="one cache"):
+        MODEL.forward(ids.expand(2, -1), evict(cache, whole, whole), observe=1)
 
 
 @properties
@@ -454,7 +457,9 @@ def test_load_reads_back_what_was_written(tmp_path, tied):
     tokens = random_tokens(20, seed=2, vocab_size=260)
     logits, cache, _ = loaded.prefill(tokens, window=4)
     assert close(logits, reference(model, tokens)[0][-1])
-    assert len(loaded.decode(cache, logits, 5)[0]) <= 5  # stops at the file's own end token
+    free = loaded.decode(cache, logits, 8, stop=set())[0]
+    loaded.tokenizer.stop = {free[5]}  # decoding stops there, unless told otherwise
+    assert len(free) == 8 and loaded.decode(loaded.prefill(tokens, 4)[1], logits, 8)[0] == free[:free.index(free[5])]
 
 
 def test_loaded_tokenizer_merges_and_knows_its_special_tokens(tmp_path):
@@ -549,7 +554,7 @@ def test_missing_metadata_is_refused_in_one_line(tmp_path):
     """Guards against a KeyError for a file that lacks a key that no default can stand in for."""
     tensors, path = gguf_tensors(tiny_llama(seed=1, tied=True)), tmp_path / "lacking.gguf"
     optional = {"general.architecture", "general.name", "llama.rope.freq_base", "llama.attention.head_count_kv",
-                "tokenizer.ggml.merges", "tokenizer.ggml.model", "tokenizer.ggml.pre"}
+                "tokenizer.ggml.model", "tokenizer.ggml.pre"}
     for key in sorted(gguf_meta().keys() - optional):
         write_gguf(path, tensors, {k: v for k, v in gguf_meta().items() if k != key})
         with pytest.raises(UserError) as error:

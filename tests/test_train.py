@@ -1,6 +1,7 @@
 """Tests of train_tables.py: rewards are those of the sets that the method would really keep, and learning finds what pays."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,15 +56,79 @@ def test_the_reward_of_a_head_is_the_mass_that_its_action_keeps(name):
         assert torch.allclose(rewards[-1, :, h], shares[2] - shares[0], atol=1e-5)
 
 
-def tiny_sample(seed, risk=(3.0, 5.0), T=150):
+def tiny_prefill(model, seed, T=150):
+    """Logits, cache and observation of random tokens."""
+    tokens = torch.randint(CONFIG.vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return model.prefill(tokens, ckv.MAX_WINDOW)
+
+
+def tiny_sample(seed, risk=(3.0, 5.0)):
     """The model that made a calibration prompt, and the prompt, with a cache, logits and a continuation to roll out."""
     model = random_model(CONFIG, 0)
-    tokens = torch.randint(CONFIG.vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
-    logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
+    logits, cache, observation = tiny_prefill(model, seed)
     u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
     continuation, risks = [5, 9, 2], dict.fromkeys(RULES, risk)
     loss = model.nll(cache, logits, continuation).item()
     return model, train_tables.Sample(u, risks, None, None, cache, logits, continuation, loss)
+
+
+def test_a_prompts_needs_are_what_its_continuation_attends_to():
+    """Guards against needs of the mean query, of protected tokens, of other heads' values, and against a cache left longer."""
+    model = random_model(CONFIG, 1)
+    model.tokenizer = SimpleNamespace(encode=lambda text, begin=True: [int(word) for word in text.split()])
+    tokens, n = torch.randint(CONFIG.vocab_size, (120,), generator=torch.Generator().manual_seed(3)).tolist(), 7
+    text, continuation = (" ".join(map(str, part)) for part in (tokens[:-n], tokens[-n:]))
+    s = train_tables.collect(model, {"id": "x", "chat": False, "prompt": text, "continuation": continuation})
+    T, R = len(tokens) - n, CONFIG.n_head // CONFIG.n_kv_head
+    _, _, seen = model.prefill(tokens, n)  # both parts as one prompt
+    needed = torch.stack([A[..., :T].float() for A in seen.attention])  # (L, H, n, T)
+    mass = torch.stack([needed[:, g * R:(g + 1) * R].amax(2).sum(1) for g in range(CONFIG.n_kv_head)], 1)  # (L, G, T)
+    mass = mass * ckv.value_norm(model.prefill(tokens[:T], 1)[1])
+    mass[..., :ckv.SINKS] = mass[..., T - 16:] = 0
+    assert torch.allclose(s.mass, mass / mass.sum((1, 2), keepdim=True), atol=1e-5) and s.cache.length == [T] * CONFIG.n_layer
+    assert torch.allclose(s.looks_back, needed[..., ckv.SINKS:T - 16].sum(-1).mean(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ckv.OURS.rules)
+def test_a_roll_out_is_the_loss_of_what_select_keeps(rule):
+    """Guards against tables that are learned for other sets than those that they will select: a pool left out, another window."""
+    model, s = tiny_sample(10)
+    observation = tiny_prefill(model, 10)[2]
+    s.u["compilerkv", rule[0]] = ckv.utility(observation, s.cache, ckv.OURS, rule[0])
+    rng, L = np.random.default_rng(2), CONFIG.n_layer
+    W = np.exp(rng.normal(size=(L, CONFIG.n_head)))
+    highest = ckv.head_score(s.pooled("compilerkv", rule), torch.from_numpy(W).float()).max().item()
+    tau = np.array([0.0, 0.9 * highest])  # keeps all, and next to nothing
+    ours = ckv.Compiled(np.array([rule], dtype=float), W[None], np.tile(tau[None, :, None, None], (1, 1, 20, 4)), np.zeros(19), np.zeros(3))
+    tables = ckv.Tables(np.array([60]), "", {"compilerkv": ours}, np.zeros((L, CONFIG.n_head)))
+    kept = ckv.select("compilerkv", observation, s.cache, 60, tables)
+    assert (kept[0] >= 0).sum() == 60 * CONFIG.n_kv_head > (kept[1] >= 0).sum()  # the gate takes part
+    small = ckv.evict(s.cache, kept)
+    assert train_tables.roll_out(model, s, "compilerkv", [(rule, W, tau, 60)])[0] == pytest.approx(
+        model.nll(small, s.logits, s.continuation).item(), abs=1e-5)
+
+
+def test_heads_take_the_action_that_clearly_pays(monkeypatch):
+    """Guards against weights that land on other heads or layers, and against luck that moves a head from W = 1."""
+    grid, shape = np.array(ckv.OURS.W_grid), (CONFIG.n_layer, CONFIG.n_head)
+    neutral, best = ckv.OURS.W_grid.index(1.0), np.arange(np.prod(shape)) % len(grid)  # another action for every head
+    pays = np.full((8, best.size, len(grid)), -1.0)
+    pays[:, np.arange(best.size), best] = 0.5
+    pays[:, 0] = np.where(np.arange(8) % 2, 0.9, -0.8)[:, None]  # of head 0 all actions are lucky, none is clearly better
+    pays[..., neutral] = 0
+    monkeypatch.setattr(train_tables, "head_log", lambda samples, name, rule, budget: pays)
+    W, count = train_tables.learn_heads([None] * 8, "compilerkv", [(16, 1)], (60,), *shape)
+    expected = grid[best].reshape(shape)
+    expected[0, 0] = 1
+    assert np.array_equal(W, expected[None]) and count == pays.size
+
+
+def test_the_rule_that_loses_least_is_chosen(monkeypatch):
+    """Guards against a rule chosen for its loss, or for another budget's."""
+    losses = np.array([[0.4, 0.1, 0.9], [0.2, 0.8, 0.3]])
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([losses[job] for job in jobs]))
+    chosen, rewards = train_tables.choose(None, [tiny_sample(8)[1]] * 3, "compilerkv", (60, 70), [0, 1, 2], lambda i, b, a: (b, a), tqdm(disable=True))
+    assert chosen.tolist() == [1, 0] and np.allclose(rewards - rewards[:, :1], losses[:, :1] - losses)
 
 
 def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
@@ -107,8 +172,8 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
         [0.0 if tau[0] == grid[want(sample)] else 10.0 for _, _, tau, _ in jobs]))
     W = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
     learn = lambda samples: train_tables.learn_gate(model, samples, "compilerkv", [RULES["compilerkv"]], W, edges, (60,), tqdm(disable=True))
-    T, seen = learn([often] * 40 + [rare])
-    assert seen.sum() == 2 and seen[0, 0] and seen[19, 3] and T.shape == (1, CONFIG.n_layer, 20, 4)
+    T, visits = learn([often] * 40 + [rare])
+    assert visits.sum() == 41 and visits[0, 0] == 40 and visits[19, 3] == 1 and T.shape == (1, CONFIG.n_layer, 20, 4)
     assert (T == grid[3]).all()  # one prompt of a state does not displace the mean of all
     T, _ = learn([often] * 40 + [rare] * 40)
     assert (T[0, :, 0, 0] == grid[3]).all() and (T[0, :, 19, 3] == grid[5]).all()
@@ -145,7 +210,7 @@ def test_both_halves_hold_every_kind():
 def test_every_prompt_is_judged_under_the_other_halfs_tables(monkeypatch):
     """Guards against a table that is praised by the prompts it was learned from, and against halves that ship alone."""
     model, s = tiny_sample(9)
-    samples = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)]
+    samples = [dataclasses.replace(s, loss_full=float(i), risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
     ones = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
     tables = {"W = 1": (ones, ones), "loss": (2 * ones, 8 * ones)}
     monkeypatch.setattr(train_tables, "learn_tables", lambda *_: (tables, 0, {}))
@@ -161,6 +226,7 @@ def test_every_prompt_is_judged_under_the_other_halfs_tables(monkeypatch):
     judged = [(i, weights[1]) for i, weights in seen if len(weights) == 2]
     assert judged == [(i, 8.0 if i < 6 else 2.0) for i in range(12)]
     assert (compiled.W_head == 4).all() and evidence["W_head"] == {"60": "loss"}  # the geometric mean of the two
+    assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
 
 
 def test_learners_find_what_pays_and_random_does_not():
