@@ -1,6 +1,6 @@
 """A Llama-style decoder in plain PyTorch, with a KV cache you can see and cut.
 
-Reading order: Config -> KVCache -> Observation -> the layers -> Model (prefill, decode, nll) -> Tokenizer -> load.
+Reading order: Config -> KVCache -> Observation -> the layers -> Model (forward, prefill, nll, decode) -> Tokenizer -> load.
 The model knows nothing of compression. It does two unusual things for it: every cache slot remembers the ORIGINAL
 position of its token, so that slots can be dropped without moving the others, and `prefill` reports what the prompt's
 last queries attended to.
