@@ -707,11 +707,15 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
     window, kernel = window or rule[0], kernel or rule[1]
-    compiled = tables.budgets[tables.nearest(budget)]
-    check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]  # what the learned gate did to the calibration prompts
-    tau = {"learned": tau, "constant": torch.full_like(tau, check["constant_tau"])}.get(gate, torch.zeros_like(tau))  # (L,)
-    if gate == "smaller":  # as many tokens as the learned gate left
-        budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
+    if gate != "learned":
+        tau = torch.zeros_like(tau)  # (L,)
+    if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
+        compiled = tables.budgets[tables.nearest(budget)]
+        check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
+        if gate == "constant":
+            tau += check["constant_tau"]
+        else:
+            budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     u = ckv.utility(observation, cache, setting, window) if norm else \

@@ -461,7 +461,6 @@ def read_model(path, meta, arrays, dtype, device):
     """The Model of a file's metadata and its tensors by name. Raises KeyError for what is missing."""
     meta = {"llama.rope.scaling.type": "linear", "tokenizer.ggml.pre": "gpt-2", **meta}  # for keys that a file may leave out
     c = read_config(path, meta)
-
     E, Q, KV = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim  # widths
 
     def take(name, *shape, dtype=dtype):

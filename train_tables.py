@@ -286,7 +286,7 @@ def roll_out(model, sample, name, jobs):
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
         W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
-        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], ckv.SETTINGS[name].n_sets(model.config.n_kv_head))
+        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], ckv.SETTINGS[name].n_sets(G))
         which.append(tuple(k.numpy().tobytes() for k in kept))
         sets[which[-1]] = [k.expand(G, -1) for k in kept]
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
