@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import KVCache, UserError
+from model import SPARE_SLOTS, KVCache, UserError
 
 SINKS = 4           # first tokens that are always kept: the attention sinks
 N_ENTROPY_BINS, N_PPL_BINS = 20, 4  # risk bins of the gate, as in the paper
@@ -164,8 +164,10 @@ def top(s, budget):
 
 
 def positions_of(chosen):
-    """Positions of the True entries of each row, sorted, padded with -1: (n_sets, T) bool -> (n_sets, most of any row)."""
-    return pad_sequence([row.nonzero()[:, 0] for row in chosen], batch_first=True, padding_value=-1)
+    """Positions of the True entries, sorted, padded with -1: (L, n_sets, T) bool -> L tensors (n_sets, most of any set)."""
+    L, n_sets, _ = chosen.shape
+    positions = chosen.nonzero()[:, 2].split(chosen.sum(-1).flatten().tolist())  # one (kept,) for each set, layer by layer
+    return [pad_sequence(positions[i:i + n_sets], batch_first=True, padding_value=-1) for i in range(0, L * n_sets, n_sets)]
 
 
 def gate(s, tau, budget):
@@ -176,8 +178,7 @@ def gate(s, tau, budget):
     """
     L, n_sets, T = s.shape
     s = s.reshape(L, -1)  # -> (L, n_sets T)
-    chosen = (highest(s, n_sets * budget) & (s >= tau[:, None])).view(L, n_sets, T)
-    return [positions_of(layer) for layer in chosen]
+    return positions_of((highest(s, n_sets * budget) & (s >= tau[:, None])).view(L, n_sets, T))
 
 
 def kept_tokens(u, W, tau, budget, window, n_sets):
@@ -321,7 +322,7 @@ def select_razor(observation, cache, budget, tables):
     chosen = torch.zeros(L * G, T, dtype=torch.bool)
     chosen[:, :SINKS] = chosen[:, max(T - recent, 0):] = True
     chosen[rank[:n_all]] = True
-    return [positions_of(layer) for layer in chosen.view(L, G, T)]
+    return positions_of(chosen.view(L, G, T))
 
 
 def select_hindsight(observation, cache, budget, tables):
@@ -360,15 +361,17 @@ def evict(cache, *kept):
     cache: a batch of one as prefill made it, slot t = position t. Where a KV head keeps fewer tokens than another of its
     layer, in any row, its last slots are padding (position -1): no query sees them.
     """
-    k, v, slots = [], [], []
+    k, v, slots, length = [], [], [], []
     for l, sets in enumerate(zip(*kept)):  # of one layer: a (G, S_l) for each row
         G, C = cache.k[l].shape[1:3]
-        positions = pad_sequence([s.T for s in sets], True, -1).transpose(1, 2).contiguous().to(cache.k[l].device)  # (rows, G, S)
+        positions = pad_sequence([s.T for s in sets], True, -1).transpose(1, 2).to(cache.k[l].device)  # (rows, G, S)
+        length.append(positions.shape[2])
+        positions = F.pad(positions, (0, SPARE_SLOTS), value=-1).contiguous()  # room for what is decoded: C' = S + SPARE_SLOTS
         index = positions.clamp(min=0) + C * torch.arange(G, device=positions.device)[:, None]  # into (G C, D), the flat cache
-        k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # picks rows of a matrix: (rows, G, S) of (G C, D) -> (rows, G, S, D)
+        k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # picks rows of a matrix: (rows, G, C') of (G C, D) -> (rows, G, C', D)
         v.append(F.embedding(index, cache.v[l].flatten(0, 2)))
         slots.append(positions)
-    return KVCache(k, v, slots, cache.next_position.expand(len(kept)))
+    return KVCache(k, v, slots, cache.next_position.expand(len(kept)), length)
 
 
 # --------------------------------------------------------------------------------------------------- compiled tables

@@ -725,7 +725,7 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     s = ckv.protect(ckv.head_score(u, W.to(u.device), setting.n_sets(G)), budget, window, sinks)  # (L, n_sets, T)
     if layers:  # one competition for all: B tokens a layer on average only
         chosen = ckv.highest(s.flatten(), s[..., 0].numel() * budget).view_as(s)
-        return [ckv.positions_of(layer).expand(G, -1) for layer in chosen]  # (n_sets, T) -> (G, S_l)
+        return [positions.expand(G, -1) for positions in ckv.positions_of(chosen)]  # (n_sets, S_l) -> (G, S_l)
     return [kept.expand(G, -1) for kept in ckv.gate(s, tau.to(s.device), budget)]
 
 

@@ -55,8 +55,8 @@ class KVCache:
 
     k[l], v[l]: (B, G, C, D) rotated keys and values; C is the capacity, of which length[l] = S slots are in use.
     slots[l]: (B, G, C) int64 original position of each slot, -1 for padding; padded: whether any slot in use is padding.
-    next_position: (B,) of the token to come. Slots need not be in order: a query at position p sees exactly the slots with
-    0 <= position <= p.
+    next_position: (B,) of the token to come. Slots need not be in order of position, but a token comes after all that it finds here:
+    it sees every slot that is not padding.
     """
 
     def __init__(self, k, v, slots, next_position, length=None):
@@ -190,19 +190,22 @@ def swiglu(x, gate_up, room):
     return F.silu(gate, inplace=True).mul_(up)
 
 
-def attend(q, k, v, slots, positions, padded):
-    """Attention of q (B, H, n, D) at positions (B, n) on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
+def attend(q, k, v, slots, padded):
+    """Attention of the cache's last n tokens, q (B, H, n, D), on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
-    A query sees the slots that hold a token, and no later one; padded: whether some slot holds none. Neither path repeats K and V
-    to H heads: a single query goes to the library's grouped attention, which shares out H heads among the threads; of many, the
-    R that read the same KV head are made queries of one head.
+    A query sees the slots that hold a token (padded: whether some hold none), but not the tokens after its own. Neither path repeats
+    K and V to H heads: a single query goes to the library's grouped attention, which shares out H heads among the threads; of many,
+    the R that read the same KV head are made queries of one head.
     """
-    (B, H, n, D), G, R = q.shape, k.shape[1], q.shape[1] // k.shape[1]
-    if n == 1:  # all slots are earlier than the query, or its own
+    (B, H, n, D), G, S, R = q.shape, k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
+    if n == 1:
         mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    mask = (slots >= 0)[:, :, None] & (slots[:, :, None] <= positions[:, None, :, None])  # (B, G, n, S)
-    mask = mask.repeat(1, 1, R, 1)  # -> (B, G, R n, S), the same for each of the R query heads
+    mask = q.new_zeros(n, S)  # of -inf where a query must not look
+    mask[:, S - n:].fill_(-torch.inf).triu_(1)
+    mask = mask.repeat(R, 1)  # -> (R n, S), the same for each of the R query heads
+    if padded:
+        mask = mask + q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf)  # -> (B, G, R n, S)
     return F.scaled_dot_product_attention(q.reshape(B, G, R * n, D), k, v, attn_mask=mask).view(B, H, n, D)
 
 
@@ -283,7 +286,7 @@ class Model:
         if slots.shape[2] == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         else:
-            y = attend(q, keys, values, slots, positions, cache.padded)
+            y = attend(q, keys, values, slots, cache.padded)
         return linear(y.transpose(1, 2).reshape(B, n, -1), block.out), q  # (B, H, n, D) -> (B, n, E)
 
     def logits(self, hidden):
@@ -326,8 +329,10 @@ class Model:
         losses = F.cross_entropy(logits.expand(B, -1), ids[:1].expand(B), reduction="none")  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
-            losses = losses + torch.stack([F.cross_entropy(self.logits(row), ids[1:], reduction="sum")  # (n - 1, V) at a time
-                                           for row in hidden])
+            room = hidden.new_empty(len(ids) - 1, len(self.head), dtype=torch.float32)  # (n - 1, V), for one row after another
+            for b, row in enumerate(hidden):
+                logprobs = torch.log_softmax(room.copy_(linear(row, self.head)), -1, out=room)
+                losses[b] += F.nll_loss(logprobs, ids[1:], reduction="sum")
         cache.rewind(len(ids) - 1)  # the last token is only predicted
         return losses / len(ids)
 

@@ -45,7 +45,7 @@ NOISE = 0.1             # nats; differences between a prompt's roll-outs that ar
 SHARE_POWERS = (0.5, 1.0)      # strengths among which real roll-outs decide: exponents of the table learned from the share,
 LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of the table learned from the loss
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
-LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `check` finds the one that keeps as many tokens
+LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
 
 
@@ -245,34 +245,39 @@ def protected_scores(sample, name, rule, W, budget, n_sets):
 
 
 def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
-    """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs. Also prompts that visited each state (20, 4).
+    """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs.
 
+    Also the prompts that visited each state (20, 4), and the mean dNLL of all prompts without a gate and with it (budgets, 2).
     All layers share the threshold of a risk state: one loss a roll-out cannot tell 30 of them apart. A rare state leans on
     the mean over all by PRIOR pseudo-experiences; one that no prompt visited takes that mean's threshold.
     """
     settings, (_, L, H) = ckv.SETTINGS[name], W.shape
     grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, settings.n_sets(model.config.n_kv_head)
     states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
-    rewards = []
+    dnll, rewards = [], []
     for sample in samples:
-        jobs = [(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in grid]
-        gained = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), len(grid))
+        jobs = lambda taus: [(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in taus]
+        losses = [roll_out(model, sample, name, jobs(taus)).reshape(len(budgets), -1) for taus in ([0], grid)]
+        dnll.append(np.hstack(losses) - sample.loss_full)  # (budgets, 1 + A): without a gate, then under every threshold
         excess = []
         for b, budget in enumerate(budgets):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
             candidates = np.array([float((s >= tau).sum()) for tau in grid]) / (L * n_sets)  # tokens a layer
             excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])
-        rewards.append(gained - settings.penalty * np.stack(excess))
-        progress.update(gained.size)
+        rewards.append(-dnll[-1][:, 1:] - settings.penalty * np.stack(excess))
+        progress.update(dnll[-1].size)
     T, a = np.empty((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)), np.arange(len(grid))
+    mean_dnll = np.empty((len(budgets), 2))
     for b in range(len(budgets)):
         bandit, mean = EpsilonGreedy(n_states, len(grid)), np.mean([r[b] for r in rewards], 0)
         for state, reward in zip(states, rewards):
             bandit.update(state, a, reward[b])
         for _ in range(PRIOR):
             bandit.update(np.arange(n_states)[:, None], a[None], mean[None])
-        T[b] = grid[bandit.greedy()].reshape(T.shape[2:])
-    return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:])
+        chosen = bandit.greedy()  # (n_states,)
+        T[b] = grid[chosen].reshape(T.shape[2:])
+        mean_dnll[b] = np.mean([(lost[b, 0], lost[b, 1 + chosen[state]]) for lost, state in zip(dnll, states)], 0)
+    return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:]), mean_dnll
 
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
@@ -361,10 +366,12 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        T, visits = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
-        evidence["gate_visits"] = visits.tolist()
-        evidence["check"] = check(model, samples, name, rules, W, T, quantiles, budgets, progress)
-        evidence["roll_outs"] = progress.n
+        T, visits, dnll = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
+        evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
+    evidence["check"] = {str(budget): {  # on the prompts that made the tables
+        "dnll_no_tables": evidence["held_out_dnll_by_table"][str(budget)]["W = 1"], "dnll_W_head": round(float(no_gate), 4),
+        "dnll_W_head_and_T_gate": round(float(both), 4), **sizes}
+        for budget, (no_gate, both), sizes in zip(budgets, dnll, gate_sizes(samples, name, rules, W, T, quantiles, budgets))}
     if name == "compilerkv":
         b = len(budgets) // 2
         log, held_out = (head_log(half, name, rules[b], budgets[b]) for half in halves(samples))
@@ -378,27 +385,23 @@ def compile_tables(model, samples, name, budgets, seed, say):
     return ckv.Compiled(np.array(rules, dtype=float), W, T, *quantiles), evidence
 
 
-def check(model, samples, name, rules, W, T, edges, budgets, progress):
-    """Roll-outs with the rule alone, with W_head, with both: mean dNLL by budget, and what the gate did. These prompts made the tables."""
-    rows, bins, all_pass = {}, risk_bins(samples, name, edges), np.zeros(W.shape[1])
-    n_sets = ckv.SETTINGS[name].n_sets(model.config.n_kv_head)
+def gate_sizes(samples, name, rules, W, T, edges, budgets):
+    """What the gate did on these prompts, a dict for each budget: tokens kept a layer, the constant tau that keeps as many, and
+    in what share of (prompt, layer) pairs the gate, not the clamp, set the size."""
+    n_sets, L, out = ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), W.shape[1], []
+    levels, bins = torch.from_numpy(LEVELS).float().repeat(L, 1), risk_bins(samples, name, edges)
     for b, budget in enumerate(budgets):
-        losses, sizes, constant = [], [], []  # constant: tokens kept by one tau for all, for each of LEVELS
+        sizes, constant = [], []  # (P, L) tokens kept; (P, levels) their mean over layers under one tau for all
         for sample, (e, p) in zip(samples, bins):
-            tau = T[b, :, e, p]  # (L,)
-            jobs = [(rules[b], np.ones_like(W[b]), all_pass, budget), (rules[b], W[b], all_pass, budget), (rules[b], W[b], tau, budget)]
-            losses.append(roll_out(model, sample, name, jobs) - sample.loss_full)
-            scores = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
-            size = lambda tau: ((scores >= tau).sum((1, 2)) / n_sets).clamp(max=budget)  # (L,) tokens kept
-            sizes.append(size(torch.from_numpy(tau).float()[:, None, None]).numpy())
-            constant.append([float(size(x).mean()) for x in LEVELS])
-            progress.update(len(jobs))
-        mean, sizes = np.mean(losses, 0).round(4).tolist(), np.array(sizes)  # (3,), (P, L)
-        rows[str(budget)] = {"dnll_no_tables": mean[0], "dnll_W_head": mean[1], "dnll_W_head_and_T_gate": mean[2],
-                             "kept_mean": round(float(sizes.mean()), 1),
-                             "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - sizes.mean()).argmin()]),
-                             "gate_set_the_size": round(float((sizes < budget).mean()), 4)}
-    return rows
+            scores = protected_scores(sample, name, rules[b], W[b], budget, n_sets).flatten(1).sort().values  # (L, N), ascending
+            kept = lambda tau: ((scores.shape[1] - torch.searchsorted(scores, tau)) / n_sets).clamp(max=budget)  # (L, n) -> (L, n)
+            sizes.append(kept(torch.from_numpy(T[b, :, e, p, None]).float())[:, 0].numpy())
+            constant.append(kept(levels).mean(0).numpy())
+        sizes = np.array(sizes)
+        out.append({"kept_mean": round(float(sizes.mean()), 1),
+                    "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - sizes.mean()).argmin()]),
+                    "gate_set_the_size": round(float((sizes < budget).mean()), 4)})
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -341,7 +341,8 @@ def test_kv_heads_compete_for_the_entries_of_their_layer():
     first, second = gate(s, torch.zeros(2), budget=2)  # 2 tokens a KV head: 4 entries a layer
     assert first.tolist() == [[0, 2, 3], [0, -1, -1]]
     assert second.tolist() == [[-1] * 4, [0, 1, 2, 3]]
-    assert positions_of(torch.tensor([[False, True, True], [True, False, False]])).tolist() == [[1, 2], [0, -1]]
+    chosen = torch.tensor([[[False, True, True], [True, False, False]], [[False, False, True], [False, False, False]]])
+    assert [layer.tolist() for layer in positions_of(chosen)] == [[[1, 2], [0, -1]], [[2], [-1]]]
 
 
 def test_ragged_sets_are_stored_without_the_padding_that_they_count():

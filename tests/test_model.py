@@ -188,7 +188,7 @@ def test_observed_attention_sees_no_later_token_and_needs_every_earlier_one(T, n
     assert torch.equal(observed, plain) and close(attention.sum(-1), torch.ones(L, H, n)) and close(summed, attention.sum(2))
     assert not attention[..., T:].triu(1).any() and (attention[..., :T] > 0).all()
     cache.rewind(n)
-    whole, one_head = [torch.arange(T).expand(G, -1)] * L, [positions_of(torch.arange(T) <= torch.tensor([[T], [0]]))] * L
+    whole, one_head = [torch.arange(T).expand(G, -1)] * L, positions_of(torch.arange(T) <= torch.tensor([[[T], [0]]])) * L
     for kept in ([torch.arange(1, T).expand(G, -1)] * L, [torch.arange(T - (l > 0)).expand(G, -1) for l in range(L)], one_head):
         with pytest.raises(ValueError, match="evicted"):
             MODEL.forward(ids, evict(cache, kept), total=True)
@@ -305,7 +305,8 @@ def test_nbytes_is_exact_arithmetic_at_the_stored_heads(dtype, itemsize):
     assert cuts[0].nbytes == 2 * L * G * (T // 2) * D * itemsize
     for cut, kept in zip(cuts, kepts):
         assert cut.nbytes == 2 * G * sum(positions.shape[1] for positions in kept) * D * itemsize
-        assert [k.shape[2] for k in cut.k] == [positions.shape[1] for positions in kept]
+        assert cut.length == [positions.shape[1] for positions in kept]
+        assert all(k.shape[2] == n + SPARE_SLOTS for k, n in zip(cut.k, cut.length))  # room for the answer, and no more
     batch = evict(cache, *kepts)
     assert batch.nbytes == sum(cut.nbytes for cut in cuts)
     assert batch.kept().tolist() == [int(cut.kept()) for cut in cuts]

@@ -172,13 +172,15 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
         [0.0 if tau[0] == grid[want(sample)] else 10.0 for _, _, tau, _ in jobs]))
     W = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
     learn = lambda samples: train_tables.learn_gate(model, samples, "compilerkv", [RULES["compilerkv"]], W, edges, (60,), tqdm(disable=True))
-    T, visits = learn([often] * 40 + [rare])
+    T, visits, dnll = learn([often] * 40 + [rare])
     assert visits.sum() == 41 and visits[0, 0] == 40 and visits[19, 3] == 1 and T.shape == (1, CONFIG.n_layer, 20, 4)
     assert (T == grid[3]).all()  # one prompt of a state does not displace the mean of all
-    T, _ = learn([often] * 40 + [rare] * 40)
+    full = (40 * often.loss_full + rare.loss_full) / 41
+    assert dnll == pytest.approx(np.array([[10 - full, 10 / 41 - full]]))  # without a gate; with it, which is wrong for the rare one
+    T = learn([often] * 40 + [rare] * 40)[0]
     assert (T[0, :, 0, 0] == grid[3]).all() and (T[0, :, 19, 3] == grid[5]).all()
     monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.zeros(len(jobs)))
-    T, _ = learn([often])  # nothing is lost by any: then the first that leaves no candidate beyond the budget
+    T = learn([often])[0]  # nothing is lost by any: then the first that leaves no candidate beyond the budget
     s = ckv.protect(ckv.head_score(often.pooled("compilerkv", RULES["compilerkv"]), torch.ones(W.shape[1:]), CONFIG.n_kv_head), 60, 16)
     fits = [(s >= tau).sum() <= 60 * CONFIG.n_layer * CONFIG.n_kv_head for tau in grid]
     assert not fits[0] and T[0, 0, 0, 0] == grid[fits.index(True)]
@@ -188,6 +190,23 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     assert (learn([often])[0] == 0).all()
     monkeypatch.setitem(ckv.SETTINGS, "compilerkv", dataclasses.replace(ckv.OURS, penalty=ckv.PAPER.penalty))
     assert (learn([often])[0] == grid[fits.index(True)]).all()
+
+
+def test_the_report_on_the_gate_counts_what_is_kept():
+    """Guards against sizes of another state or budget, sizes beyond the clamp, and a constant tau that keeps more or fewer tokens."""
+    (_, s), (_, other) = tiny_sample(11, risk=(0.5, 1.0)), tiny_sample(12, risk=(9.0, 9.0))  # bins (0, 0) and (19, 3)
+    edges, rule, G = [np.linspace(1, 5, 19), np.array([2.0, 4.0, 8.0])], RULES["compilerkv"], CONFIG.n_kv_head
+    W = np.exp(np.random.default_rng(3).normal(size=(2, CONFIG.n_layer, CONFIG.n_head)))
+    T = np.zeros((2, CONFIG.n_layer, 20, 4))
+    T[:, 1, 0, 0], T[:, 1, 19, 3] = (s.pooled("compilerkv", rule)[1].quantile(q).item() for q in (0.97, 0.9))  # layer 0 keeps the budget
+    rows = train_tables.gate_sizes([s, other], "compilerkv", [rule] * 2, W, T, edges, (50, 60))
+    count = lambda sample, b, tau: [(k >= 0).sum().item() / G for k in ckv.kept_tokens(
+        sample.pooled("compilerkv", rule), torch.from_numpy(W[b]).float(), torch.as_tensor(tau).float(), (50, 60)[b], rule[0], G)]
+    for b, row in enumerate(rows):
+        sizes = np.array([count(s, b, T[b, :, 0, 0]), count(other, b, T[b, :, 19, 3])])
+        assert row["kept_mean"] == round(sizes.mean(), 1) < (50, 60)[b] and row["gate_set_the_size"] == (sizes < (50, 60)[b]).mean() > 0
+        missed = lambda tau: abs(np.mean([count(x, b, np.full(CONFIG.n_layer, tau)) for x in (s, other)]) - sizes.mean())
+        assert missed(row["constant_tau"]) == pytest.approx(min(map(missed, train_tables.LEVELS)), abs=1e-4)
 
 
 def test_a_table_that_is_not_clearly_better_does_not_displace_the_first(monkeypatch):
