@@ -190,6 +190,10 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     assert (learn([often])[0] == 0).all()
     monkeypatch.setitem(ckv.SETTINGS, "compilerkv", dataclasses.replace(ckv.OURS, penalty=ckv.PAPER.penalty))
     assert (learn([often])[0] == grid[fits.index(True)]).all()
+    # the paper's grid begins at 0.8, so that its report needs roll-outs without a gate that are none of its actions
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([1.0 + 6 * (tau[0] == 0) for _, _, tau, _ in jobs]))
+    dnll = train_tables.learn_gate(model, [often], "compilerkv-paper", [RULES["compilerkv-paper"]], W, edges, (60,), tqdm(disable=True))[2]
+    assert dnll == pytest.approx(np.array([[7, 1]]) - often.loss_full)
 
 
 def test_the_report_on_the_gate_counts_what_is_kept():
@@ -198,7 +202,10 @@ def test_the_report_on_the_gate_counts_what_is_kept():
     edges, rule, G = [np.linspace(1, 5, 19), np.array([2.0, 4.0, 8.0])], RULES["compilerkv"], CONFIG.n_kv_head
     W = np.exp(np.random.default_rng(3).normal(size=(2, CONFIG.n_layer, CONFIG.n_head)))
     T = np.zeros((2, CONFIG.n_layer, 20, 4))
-    T[:, 1, 0, 0], T[:, 1, 19, 3] = (s.pooled("compilerkv", rule)[1].quantile(q).item() for q in (0.97, 0.9))  # layer 0 keeps the budget
+    for b, budget in enumerate((50, 60)):  # layer 0 keeps the budget, layer 1 what scores as much as some entry or more
+        for sample, state, n in (s, (0, 0), 40), (other, (19, 3), 45):
+            scores = train_tables.protected_scores(sample, "compilerkv", rule, W[b], budget, G)[1].flatten()
+            T[(b, 1, *state)] = scores.sort(descending=True).values[n * G].item()
     rows = train_tables.gate_sizes([s, other], "compilerkv", [rule] * 2, W, T, edges, (50, 60))
     count = lambda sample, b, tau: [(k >= 0).sum().item() / G for k in ckv.kept_tokens(
         sample.pooled("compilerkv", rule), torch.from_numpy(W[b]).float(), torch.as_tensor(tau).float(), (50, 60)[b], rule[0], G)]
