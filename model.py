@@ -216,6 +216,7 @@ def observe_attention(q, k, first):
     scores become probabilities in place, so that there is no second copy of them.
     """
     (H, n, D), (G, S, _) = q.shape, k.shape
+    k = k.contiguous()  # behind S slots in use there may be room for more, around which the product would go slowly
     A = ((q / math.sqrt(D)).reshape(G, -1, D) @ k.transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
     A[..., first + 1:].masked_fill_(future, -torch.inf)
