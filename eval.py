@@ -786,7 +786,7 @@ def write_ablation(model, records, results, meta, args, tables):
 # --------------------------------------------------------------------------------------------------------------- speed
 
 SPEED_LENGTHS = (1024, 2048, 4096, 8000)  # prompt tokens; rising, because the process's memory is a high-water mark
-ROUNDS = 5              # of which the fastest counts; one fewer above 4,096 tokens
+ROUNDS, SCANS = 5, 3    # of which the fastest counts; one round fewer above 4,096 tokens
 WARM_UP, STEPS = 2, 24  # decode steps: not counted (the first makes room in the cache), and timed
 ROLL_OUTS, ROLL_KEPT, ROLL_TOKENS = 16, 256, 64  # caches in one batch, tokens each KV head kept, tokens read from each cache
 STAGES = ("Eq. 4: A", "Eq. 7: risk, look-up", "Eq. 4: utility, spread", "Eqs. 5-6, 8: score, gate", "evict")
@@ -846,6 +846,15 @@ def add_floors(model, rows, bandwidth, rate):
             cache["floor_ms"] = 1000 * (step + cache["kv_bytes"]) / bandwidth
 
 
+def timed_scan(model, ids):
+    """Seconds of what prefill does to observe ids (1, T), behind a forward pass as there: in the memory that the pass has left."""
+    cache = KVCache.empty(model.config, model.dtype, model.device)
+    hidden, queries, _ = model.forward(ids, cache, observe=ckv.OURS.window)
+    start = clock(model.device)
+    _ = last_attention(queries, cache), model.logits(hidden[0, -ckv.OURS.window:])
+    return clock(model.device) - start
+
+
 def timed_compilerkv(observation, cache, budget, tables):
     """CompilerKV as `select` and `evict` run it, the clock read between STAGES but the first: kept, the cache left, seconds (4,)."""
     device, G = cache.k[0].device, cache.k[0].shape[1]
@@ -875,13 +884,10 @@ def decode_ms(model, cache, token):
 def measure_length(model, tokens, budgets, tables):
     """All that is timed on one prompt, and its memory: (one object for speed.json, what prefill returned)."""
     T, device, config, ids = len(tokens), model.device, model.config, torch.tensor([tokens], device=model.device)  # (1, T)
+    scan = min(timed_scan(model, ids) for _ in range(SCANS))
     bare = lambda: model.logits(model.forward(ids, KVCache.empty(config, model.dtype, device))[0][0, -1])
     (plain, scanned), prefilled = fastest(ROUNDS - (T > 4096), device, bare, lambda: model.prefill(tokens, ckv.OURS.window))
     logits, cache, observation = prefilled
-    some = lambda *shape: torch.ones(shape, dtype=model.dtype, device=device)  # the time does not depend on the numbers
-    window = min(ckv.OURS.window, T)
-    queries, hidden = [some(config.n_head, window, config.head_dim)] * config.n_layer, some(window, config.n_embd)
-    (scan,), _ = fastest(ROUNDS, device, lambda: (last_attention(queries, cache), model.logits(hidden)))  # what prefill adds to `bare`
     entry, caches = 2 * config.head_dim * cache.k[0].element_size(), []  # bytes of one key and one value
     for budget in (None, *budgets):  # None: the full cache
         kept, small, more = ckv.select_full(observation, cache, budget, tables), cache, {}
