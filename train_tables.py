@@ -386,8 +386,11 @@ def compile_tables(model, samples, name, budgets, seed, say):
 
 
 def gate_sizes(samples, name, rules, W, T, edges, budgets):
-    """What the gate did on these prompts, a dict for each budget: tokens kept a layer, the constant tau that keeps as many, and
-    in what share of (prompt, layer) pairs the gate, not the clamp, set the size."""
+    """What the gate did on these prompts, a dict for each budget.
+
+    kept_mean: tokens kept a layer; constant_tau: the one of LEVELS that keeps as many; gate_set_the_size: the share of (prompt,
+    layer) pairs in which the gate, not the clamp, set the size.
+    """
     n_sets, L, out = ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), W.shape[1], []
     levels, bins = torch.from_numpy(LEVELS).float().repeat(L, 1), risk_bins(samples, name, edges)
     for b, budget in enumerate(budgets):
