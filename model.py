@@ -330,7 +330,7 @@ class Model:
         losses = F.cross_entropy(logits.expand(B, -1), ids[:1].expand(B), reduction="none")  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
-            # One (n - 1, V) for all rows: made anew for each, it would be new memory again and again, a fifth of a roll-out's time.
+            # One (n - 1, V) for all rows: made anew for each, it would be new memory again and again, up to a fifth of the time.
             room = hidden.new_empty(len(ids) - 1, len(self.head), dtype=torch.float32)
             for b, row in enumerate(hidden):
                 logprobs = torch.log_softmax(room.copy_(linear(row, self.head)), -1, out=room)
