@@ -366,7 +366,7 @@ def evict(cache, *kept):
         G, C = cache.k[l].shape[1:3]
         positions = pad_sequence([s.T for s in sets], True, -1).transpose(1, 2).to(cache.k[l].device)  # (rows, G, S)
         length.append(positions.shape[2])
-        positions = F.pad(positions, (0, SPARE_SLOTS), value=-1).contiguous()  # room for what is decoded: C' = S + SPARE_SLOTS
+        positions = F.pad(positions, (0, SPARE_SLOTS), value=-1)  # room for what is decoded: C' = S + SPARE_SLOTS
         index = positions.clamp(min=0) + C * torch.arange(G, device=positions.device)[:, None]  # into (G C, D), the flat cache
         k.append(F.embedding(index, cache.k[l].flatten(0, 2)))  # picks rows of a matrix: (rows, G, C') of (G C, D) -> (rows, G, C', D)
         v.append(F.embedding(index, cache.v[l].flatten(0, 2)))

@@ -213,10 +213,9 @@ def observe_attention(q, k, first):
     """Attention probabilities, which PyTorch's attention does not return, of queries at positions first, first + 1 .. on all keys.
 
     q (H, n, D), k (G, S, D) of a cache that nothing was evicted from, key t at position t -> (H, n, S) in the model's dtype;
-    scores become probabilities in place, so that there is no second copy of them.
+    scores become probabilities in place, so that there is no second copy of them. The product is fastest where k is contiguous.
     """
     (H, n, D), (G, S, _) = q.shape, k.shape
-    k = k.contiguous()  # behind S slots in use there may be room for more, around which the product would go slowly
     A = ((q / math.sqrt(D)).reshape(G, -1, D) @ k.transpose(1, 2)).view(H, n, S)  # (G, R n, S) -> (H, n, S)
     future = torch.ones(n, S - first - 1, dtype=torch.bool, device=q.device).triu()  # of the keys behind the first query
     A[..., first + 1:].masked_fill_(future, -torch.inf)
@@ -225,7 +224,7 @@ def observe_attention(q, k, first):
 
 def last_attention(queries, cache):
     """What the cache's last n tokens attend to: their queries as `Model.forward` returns them, L times (H, n, D) -> L times (H, n, S)."""
-    return [observe_attention(q, cache.layer(l)[0][0], cache.length[l] - q.shape[1]) for l, q in enumerate(queries)]
+    return [observe_attention(q, cache.layer(l)[0][0].contiguous(), cache.length[l] - q.shape[1]) for l, q in enumerate(queries)]
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -264,9 +263,11 @@ class Model:
             y, q = self.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
             if observe:
                 queries.append(q[0, :, -observe:].clone())  # (H, observe, D); a view would keep the layer's n queries and keys alive
-            for i in range(0, n if total else 0, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
-                A = observe_attention(q[0, :, i:i + QUERY_BLOCK], cache.layer(l)[0][0], end - n + i)  # (H, QUERY_BLOCK, S)
-                summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
+            if total:
+                keys = cache.layer(l)[0][0].contiguous()  # (G, S, D)
+                for i in range(0, n, QUERY_BLOCK):  # in blocks, so that no n x S matrix is held
+                    A = observe_attention(q[0, :, i:i + QUERY_BLOCK], keys, end - n + i)  # (H, QUERY_BLOCK, S)
+                    summed[l] += A.sum(1, dtype=torch.float32)  # -> (H, S)
             x = x + y
             x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up, room), block.down)  # (B, n, F) -> (B, n, E)
         cache.next_position = cache.next_position + n

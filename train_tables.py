@@ -254,10 +254,10 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
     settings, (_, L, H) = ckv.SETTINGS[name], W.shape
     grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, settings.n_sets(model.config.n_kv_head)
     states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
+    jobs = [[(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in taus] for taus in ([0], grid)]
     dnll, rewards = [], []
     for sample in samples:
-        jobs = lambda taus: [(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in taus]
-        losses = [roll_out(model, sample, name, jobs(taus)).reshape(len(budgets), -1) for taus in ([0], grid)]
+        losses = [roll_out(model, sample, name, part).reshape(len(budgets), -1) for part in jobs]
         dnll.append(np.hstack(losses) - sample.loss_full)  # (budgets, 1 + A): without a gate, then under every threshold
         excess = []
         for b, budget in enumerate(budgets):
@@ -366,12 +366,13 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        T, visits, dnll = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
+        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
-    evidence["check"] = {str(budget): {  # on the prompts that made the tables
-        "dnll_no_tables": evidence["held_out_dnll_by_table"][str(budget)]["W = 1"], "dnll_W_head": round(float(no_gate), 4),
-        "dnll_W_head_and_T_gate": round(float(both), 4), **sizes}
-        for budget, (no_gate, both), sizes in zip(budgets, dnll, gate_sizes(samples, name, rules, W, T, quantiles, budgets))}
+    evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
+    for b, budget in enumerate(map(str, budgets)):
+        no_gate, both = mean_dnll[b].round(4).tolist()
+        evidence["check"][budget] = {"dnll_no_tables": evidence["held_out_dnll_by_table"][budget]["W = 1"],
+                                     "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
         log, held_out = (head_log(half, name, rules[b], budgets[b]) for half in halves(samples))
