@@ -6,8 +6,8 @@ risk, `evict` drops the rest. Every policy is a selector
     kept = selector(observation, cache, budget, tables)
 
 that returns for each layer the ORIGINAL positions to keep, sorted, (G, S_l); a KV head that keeps fewer is padded with -1. On
-average over KV heads, for some policies over layers too, at most `budget` are kept. No model is run here. Letters as in model.py:
-L layers, H query heads, G KV heads, T tokens.
+average over KV heads, for CompilerKV and some rivals over layers too, at most `budget` are kept. No model is run here. Letters as
+in model.py: L layers, H query heads, G KV heads, T tokens.
 """
 
 import io
@@ -34,6 +34,7 @@ class Settings:
     queries: str   # how Eq. 4 joins the window's queries: their "mean", or the one that wants the token most, "max"
     shared: bool   # one kept set a layer for all its KV heads, or sets of its KV heads that compete for the layer's budget
     rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
+    cap: int       # most that a gated layer keeps, in budgets: 1 = each layer has its own; above, layers compete for what all may keep
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
     penalty: float   # nats that the gate pays for a context full of candidates beyond the budget
@@ -48,11 +49,11 @@ class Settings:
         return 1 if self.shared else G
 
 
-PAPER = Settings("model", "mean", True, ((64, 1),), W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
+PAPER = Settings("model", "mean", True, ((64, 1),), cap=1, W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
-# Ours: log-spaced actions. W from e^-2 to e^2; tau from "keep all" over the paper's 0.8 to 819.
-OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (32, 31), (32, 45)),
-                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.0, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.1)
+# Ours: log-spaced actions. W from e^-2 to e^2; tau from one that all tokens reach over the paper's 0.8 to 819.
+OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (32, 31), (32, 45)), cap=2,
+                W_grid=tuple(np.exp(np.linspace(-2, 2, 9)).tolist()), tau_grid=(0.001, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.1)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
 MAX_WINDOW = max(WINDOW, *(s.window for s in SETTINGS.values()))  # what prefill must observe to serve every policy
@@ -170,23 +171,33 @@ def positions_of(chosen):
     return [pad_sequence(positions[i:i + n_sets], batch_first=True, padding_value=-1) for i in range(0, L * n_sets, n_sets)]
 
 
-def gate(s, tau, budget):
+def gate(s, tau, budget, cap=1):
     """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
 
-    s: (L, n_sets, T) with protected tokens at infinity; tau: (L,). The sets of a layer compete for its n_sets * budget entries.
-    Returns L tensors as of `positions_of`. Fewer candidates than the budget stay fewer: else the gate would do nothing.
+    s: (L, n_sets, T) with protected tokens at infinity; tau: (L,), or None for no gate. Returns L tensors as of `positions_of`. The
+    sets of a layer compete for its n_sets * budget entries. With a cap above 1, layers compete too: each may keep up to cap
+    budgets, and where all together exceed L budgets, all thresholds rise in proportion until they fit. So the ratios of tau
+    share tokens out among layers. Fewer candidates than the budget stay fewer: else the gate would do nothing.
     """
     L, n_sets, T = s.shape
     s = s.reshape(L, -1)  # -> (L, n_sets T)
-    return positions_of((highest(s, n_sets * budget) & (s >= tau[:, None])).view(L, n_sets, T))
+    if tau is None:
+        return positions_of(highest(s, n_sets * budget).view(L, n_sets, T))
+    tau = tau[:, None]  # -> (L, 1)
+    chosen = highest(s, cap * n_sets * budget) & (s >= tau)
+    if cap > 1:
+        ratio = torch.where(chosen, s / tau.clamp_min(1e-6), -1)  # by how much the thresholds may rise before an entry falls
+        chosen &= highest(ratio.flatten(), L * n_sets * budget).view_as(chosen)
+    return positions_of(chosen.view(L, n_sets, T))
 
 
-def kept_tokens(u, W, tau, budget, window, n_sets):
-    """Stages 2 and 3 for every layer: utility after `spread` (L, H, T), W (L, H), tau (L,) -> L position tensors (n_sets, S_l).
+def kept_tokens(u, W, tau, budget, window, n_sets, cap):
+    """Stages 2 and 3 for every layer: utility after `spread` (L, H, T), W (L, H), tau (L,) or None -> L position tensors (n_sets, S_l).
 
     W and tau may stand on the CPU, where tables are, and u on another device.
     """
-    return gate(protect(head_score(u, W.to(u.device), n_sets), budget, window), tau.to(u.device), budget)
+    s = protect(head_score(u, W.to(u.device), n_sets), budget, window)  # (L, n_sets, T)
+    return gate(s, None if tau is None else tau.to(u.device), budget, cap)
 
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
@@ -197,7 +208,7 @@ def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):
     if tables is not None:
         (window, kernel), W, tau = tables.look_up(name, budget, entropy, perplexity)
     u = spread(utility(observation, cache, settings, window), window, kernel)  # (L, H, T)
-    kept = kept_tokens(u, W, tau, budget, window, settings.n_sets(G))
+    kept = kept_tokens(u, W, tau, budget, window, settings.n_sets(G), settings.cap)
     return [positions.expand(G, -1) for positions in kept]  # (1, S_l) or (G, S_l) -> (G, S_l)
 
 
@@ -283,7 +294,7 @@ def select_adakv(observation, cache, budget, tables, **how):
     """AdaKV (arXiv 2407.11550) over SnapKV: KV heads compete for their layer's entries; a fifth of the budget is safe for each."""
     s = snapkv_score(observation, cache.k[0].shape[1], **how)  # (L, G, T)
     s = s.scatter(-1, top(s, budget // 5), torch.inf)
-    return gate(s, s.new_zeros(len(s)), budget)
+    return gate(s, None, budget)
 
 
 def select_tova(observation, cache, budget, tables):

@@ -291,11 +291,17 @@ def look_ahead(model, observation, cache, ids):
     return dataclasses.replace(observation, answer=received[..., :-len(ids)])
 
 
+def gated_share(kept, budget, cap, n_tokens):
+    """Share of the layers whose size a gate set, not a clamp: they keep less than they may, and all together less than all may."""
+    sizes = np.array([(k >= 0).sum().item() / len(k) for k in kept])  # (L,) tokens a layer
+    return float((sizes < min(cap * budget, n_tokens)).mean()) if sizes.mean() < min(budget, n_tokens) else 0.0
+
+
 def compress(model, policies, budgets, observation, cache, ids, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    ids: the tokens to come, which only hindsight sees. gated: share of the layers that keep fewer tokens than they may. Caches
-    with a KV head that keeps more than four times the largest budget make a batch of their own, because they would pad all others.
+    ids: the tokens to come, which only hindsight sees. gated: see `gated_share`. Caches with a KV head that keeps more than four
+    times the largest budget make a batch of their own, because they would pad all others.
     """
     if "hindsight" in policies:
         observation = look_ahead(model, observation, cache, ids)
@@ -303,8 +309,8 @@ def compress(model, policies, budgets, observation, cache, ids, tables):
     for policy, budget in itertools.product(policies, budgets):
         start = clock(model.device)
         kept = ckv.select(policy, observation, cache, budget, tables)
-        seconds, most = clock(model.device) - start, min(budget, observation.n_tokens)
-        gated = float(np.mean([(k >= 0).sum().item() < k.shape[0] * most for k in kept]))
+        seconds, cap = clock(model.device) - start, ckv.SETTINGS[policy].cap if policy in ckv.SETTINGS else 1
+        gated = gated_share(kept, budget, cap, observation.n_tokens)
         jobs, sets = parts[max(k.shape[1] for k in kept) > widest]
         jobs.append((policy, budget, gated, seconds))
         sets.append(kept)
@@ -695,27 +701,23 @@ PARTS = {  # each changes one thing in CompilerKV as compiled, without the gate,
     "W = 1, no gate": {"W": False}, "scope layer": {"scope": "layer"}, "scope model": {"scope": "model"},
     "mean of the queries": {"queries": "mean"}, "one set a layer": {"shared": True}, "no value norm": {"norm": False},
     "sinks not protected": {"sinks": 0}, "kernel 1": {"kernel": 1}, "kernel 7": {"kernel": 7}, "window 8": {"window": 8},
-    "window 32": {"window": 32}, "window 64": {"window": 64}, "layers compete": {"layers": True}}
+    "window 32": {"window": 32}, "window 64": {"window": 64}}
 # (a row, what it is compared with): the first is better where the difference is below 0
-PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "AdaKV", "H2O", "W = 1", "no gate", "constant tau",
-                                               "smaller budget", "paper grid")),
+PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "AdaKV", "H2O", "W = 1", "constant tau", "no gate",
+                                               "smaller budget", "W = 1, no gate", "cap 1", "no cap", "paper grid")),
          *(("no gate", other) for other in ("SnapKV", "AdaKV", "H2O", *PARTS)))
 
 
-def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None,
-            layers=False, **settings):
+def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
     rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
     window, kernel = window or rule[0], kernel or rule[1]
-    if gate != "learned":
-        tau = torch.zeros_like(tau)  # (L,)
-    if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
-        compiled = tables.budgets[tables.nearest(budget)]
-        check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
-        if gate == "constant":
-            tau += check["constant_tau"]
-        else:
-            budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
+    compiled = tables.budgets[tables.nearest(budget)]
+    check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
+    if gate == "constant":  # this and a smaller budget leave as many tokens as the learned gate left on the calibration prompts
+        tau = torch.full_like(tau, check["constant_tau"])  # (L,)
+    elif gate == "smaller":
+        budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     u = ckv.utility(observation, cache, setting, window) if norm else \
@@ -723,15 +725,14 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     u = ckv.spread(u, window, kernel, sinks)
     W = learned_W if W else torch.ones_like(learned_W)  # (L, H)
     s = ckv.protect(ckv.head_score(u, W.to(u.device), setting.n_sets(G)), budget, window, sinks)  # (L, n_sets, T)
-    if layers:  # one competition for all: B tokens a layer on average only
-        chosen = ckv.highest(s.flatten(), s[..., 0].numel() * budget).view_as(s)
-        return [positions.expand(G, -1) for positions in ckv.positions_of(chosen)]  # (n_sets, S_l) -> (G, S_l)
-    return [kept.expand(G, -1) for kept in ckv.gate(s, tau.to(s.device), budget)]
+    tau = tau.to(s.device) if gate in ("learned", "constant") else None
+    return [kept.expand(G, -1) for kept in ckv.gate(s, tau, budget, setting.cap)]
 
 
 SWITCHES = {  # all rows: selectors, like ckv.POLICIES
     "CompilerKV": ckv.select_compilerkv, "W = 1": partial(ablated, gate="learned", W=False),
-    "constant tau": partial(ablated, gate="constant"), "smaller budget": partial(ablated, gate="smaller"), "no gate": ablated,
+    "constant tau": partial(ablated, gate="constant"), "cap 1": partial(ablated, gate="learned", cap=1),
+    "no cap": partial(ablated, gate="learned", cap=10 ** 6), "smaller budget": partial(ablated, gate="smaller"), "no gate": ablated,
     **{name: partial(ablated, **change) for name, change in PARTS.items()},
     "paper grid": ckv.POLICIES["compilerkv-paper"], ORACLE: ckv.select_hindsight, "SnapKV": ckv.select_snapkv,
     "SnapKV, mean pool": partial(ckv.select_snapkv, pooled=torch.nn.functional.avg_pool1d),
@@ -863,7 +864,7 @@ def timed_compilerkv(observation, cache, budget, tables):
     times.append(clock(device))
     u = ckv.spread(ckv.utility(observation, cache, ckv.OURS, window), window, kernel)  # (L, H, T)
     times.append(clock(device))
-    kept = ckv.kept_tokens(u, W, tau, budget, window, G)  # L x (G, S_l)
+    kept = ckv.kept_tokens(u, W, tau, budget, window, G, ckv.OURS.cap)  # L x (G, S_l)
     times.append(clock(device))
     small = ckv.evict(cache, kept)
     times.append(clock(device))

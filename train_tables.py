@@ -11,9 +11,11 @@
 4. Let the loss decide. Every prompt is rolled out under the tables that the other half of the corpus made, at several strengths,
    and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error. What ships is
    the geometric mean of the tables of the two halves.
-5. Gate, given the heads. In state (budget, entropy bin, perplexity bin), T_gate takes a threshold; the reward is the paper's,
-   of real roll-outs: the loss, and the penalty for candidates beyond the budget.
-   The heads are learned at the full budget: under a gate, a head would be paid for the tokens that a larger W adds.
+5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like
+   the heads, from the loss of random thresholds, and roll-outs decide how far they go. Then, in state (budget, entropy bin,
+   perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss, and the
+   penalty for candidates beyond the budget.
+   The heads are learned without a gate: under one, a head would be paid for the tokens that a larger W adds.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -39,11 +41,13 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-TABLES = 24             # random tables that every prompt rolls out for each budget, half of them mirror images
-SPREAD = 0.8            # by how much a random table moves log W_head, up or down
+HEAD_TABLES = 24        # random W_head that every prompt rolls out for each budget, half of them mirror images
+LAYER_TABLES = 16       # random thresholds of the layers, likewise
+SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
 SHARE_POWERS = (0.5, 1.0)      # strengths among which real roll-outs decide: exponents of the table learned from the share,
-LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of the table learned from the loss
+LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of the table learned from the loss,
+LAYER_STEPS = (0.0, 0.2, 0.4, 0.6, 0.8)  # the same over layers, of the log of their thresholds
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
@@ -165,29 +169,61 @@ def learn_heads(samples, name, rules, budgets, n_layer, n_head):
     return W, count
 
 
-def perturb_heads(model, samples, name, rules, budgets, rng, progress):
-    """The direction (L, H) in which log W_head should go, one for all budgets, from the loss of random tables, as in the paper.
+def perturb(model, samples, name, budgets, shape, n_tables, job_of, rng, progress):
+    """The direction in which the log of a table of this shape should go, one for all budgets, from the loss of random ones.
 
-    A table multiplies or divides the weight of each KV head's query heads by e^SPREAD, its mirror image does the opposite, and
-    all heads of a table share its reward. A prompt's rewards at one budget are counted from their mean, in standard deviations,
-    so that no prompt outvotes the others. A head's step is the difference of its two actions' mean rewards; only ratios
-    within a layer act, so the steps of a layer have mean 0. Their standard deviation over heads is 1.
+    A random table multiplies or divides every entry by e^SPREAD, its mirror image does the opposite, and all entries of a table
+    share its reward, as in the paper. job_of(budget's number, table) -> a job of `roll_out`. A prompt's rewards at one budget are
+    counted from their mean, in standard deviations, so that no prompt outvotes the others. An entry's step is the difference
+    of its two actions' mean rewards. Only ratios along the last axis act, so steps have mean 0 there; their standard
+    deviation over all entries is 1.
     """
-    L, H, G = model.config.n_layer, model.config.n_head, model.config.n_kv_head
-    bandit, states = EpsilonGreedy(L * G, 2), np.tile(np.arange(L * G), TABLES)
-    by_head = lambda x: x.reshape(L, G).repeat(H // G, axis=1)  # (L G,) -> (L, H)
+    n = int(np.prod(shape))
+    bandit, states = EpsilonGreedy(n, 2), np.tile(np.arange(n), n_tables)
     for sample in samples:
-        up = rng.integers(2, size=(len(budgets), TABLES // 2, L * G))
-        up = np.concatenate((up, 1 - up), axis=1)  # (budgets, TABLES, L G): 1 multiplies, 0 divides
-        jobs = [(rules[b], by_head(np.exp(SPREAD * (2 * row - 1))), np.zeros(L), budget) for b, budget in enumerate(budgets) for row in up[b]]
-        rewards = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), TABLES)
+        up = rng.integers(2, size=(len(budgets), n_tables // 2, n))
+        up = np.concatenate((up, 1 - up), axis=1)  # (budgets, n_tables, n): 1 multiplies, 0 divides
+        jobs = [job_of(b, np.exp(SPREAD * (2 * row - 1)).reshape(shape)) for b in range(len(budgets)) for row in up[b]]
+        rewards = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), n_tables)
         rewards = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + NOISE)
         for actions, r in zip(up, rewards):
-            bandit.update(states, actions.ravel(), r.repeat(L * G))
+            bandit.update(states, actions.ravel(), r.repeat(n))
         progress.update(rewards.size)
-    gain = (bandit.values()[:, 1] - bandit.values()[:, 0]).reshape(L, G)
-    gain -= gain.mean(1, keepdims=True)
-    return by_head(gain / (gain.std() + 1e-12))
+    gain = (bandit.values()[:, 1] - bandit.values()[:, 0]).reshape(shape)
+    gain -= gain.mean(-1, keepdims=True)
+    return gain / (gain.std() + 1e-12)
+
+
+def perturb_heads(model, samples, name, rules, budgets, rng, progress):
+    """The direction (L, H) of log W_head: one weight for the query heads of each KV head."""
+    L, G = model.config.n_layer, model.config.n_kv_head
+    by_head = lambda x: x.repeat(model.config.n_head // G, axis=1)  # (L, G) -> (L, H)
+    return by_head(perturb(model, samples, name, budgets, (L, G), HEAD_TABLES,
+                           lambda b, W: (rules[b], by_head(W), None, budgets[b]), rng, progress))
+
+
+def learn_layers(model, samples, name, rules, W, budgets, rng, progress):
+    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence.
+
+    The direction comes from the loss, on each half of the corpus; how far it goes at each budget is decided by the prompts of the
+    other half. One threshold for all layers stays unless another table is clearly better.
+    """
+    lowest, L, evidence = ckv.SETTINGS[name].tau_grid[0], W.shape[1], {}
+    if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
+        return np.ones((len(budgets), L)), evidence
+    job = lambda b, factor: (rules[b], W[b], lowest * factor, budgets[b])
+    steps = [perturb(model, half, name, budgets, (L,), LAYER_TABLES, job, rng, progress) for half in halves(samples)]
+    chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS,
+                             lambda i, b, x: job(b, np.exp(x * steps[1 - half_of(i)])), progress, cautious=True)
+    evidence["rank_agreement_of_halves_layers"] = evaluation.rank_correlation(*steps)
+    evidence["held_out_dnll_by_layers"] = named(budgets, LAYER_STEPS, rewards)
+    evidence["layers"] = {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}
+    return np.exp(np.array(LAYER_STEPS)[chosen, None] * np.mean(steps, 0)), evidence
+
+
+def named(budgets, actions, rewards):
+    """Mean losses by budget and action, for the evidence: rewards (budgets, actions)."""
+    return {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
 
 
 def compare_learners(log, held_out, seed):
@@ -244,26 +280,26 @@ def protected_scores(sample, name, rule, W, budget, n_sets):
     return ckv.protect(ckv.head_score(sample.pooled(name, rule), torch.from_numpy(W).float(), n_sets), budget, rule[0])
 
 
-def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
-    """T_gate (budgets, L, 20, 4) given W, from the paper's reward of real roll-outs.
+def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress):
+    """T_gate (budgets, L, 20, 4) given W and the layers' multiples (budgets, L), from the paper's reward of real roll-outs.
 
     Also the prompts that visited each state (20, 4), and the mean dNLL of all prompts without a gate and with it (budgets, 2).
-    All layers share the threshold of a risk state: one loss a roll-out cannot tell 30 of them apart. A rare state leans on
-    the mean over all by PRIOR pseudo-experiences; one that no prompt visited takes that mean's threshold.
+    All layers share the level of a risk state: one loss a roll-out cannot tell 30 of them apart. A rare state leans on
+    the mean over all by PRIOR pseudo-experiences; one that no prompt visited takes that mean's level.
     """
-    settings, (_, L, H) = ckv.SETTINGS[name], W.shape
+    settings, L = ckv.SETTINGS[name], W.shape[1]
     grid, n_states, n_sets = np.array(settings.tau_grid), ckv.N_ENTROPY_BINS * ckv.N_PPL_BINS, settings.n_sets(model.config.n_kv_head)
     states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
-    jobs = [[(rules[b], W[b], np.full(L, tau), budget) for b, budget in enumerate(budgets) for tau in taus] for taus in ([0], grid)]
+    taus = grid[:, None] * layers[:, None]  # (budgets, A, L)
+    jobs = [(rules[b], W[b], tau, budget) for b, budget in enumerate(budgets) for tau in (None, *taus[b])]
     dnll, rewards = [], []
     for sample in samples:
-        losses = [roll_out(model, sample, name, part).reshape(len(budgets), -1) for part in jobs]
-        dnll.append(np.hstack(losses) - sample.loss_full)  # (budgets, 1 + A): without a gate, then under every threshold
+        dnll.append(roll_out(model, sample, name, jobs).reshape(len(budgets), -1) - sample.loss_full)  # (budgets, 1 + A): no gate first
         excess = []
         for b, budget in enumerate(budgets):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
-            candidates = np.array([float((s >= tau).sum()) for tau in grid]) / (L * n_sets)  # tokens a layer
-            excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])
+            candidates = np.array([float((s >= torch.from_numpy(tau).float()[:, None, None]).sum()) for tau in taus[b]]) / (L * n_sets)
+            excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])  # of tokens a layer
         rewards.append(-dnll[-1][:, 1:] - settings.penalty * np.stack(excess))
         progress.update(dnll[-1].size)
     T, a = np.empty((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)), np.arange(len(grid))
@@ -275,7 +311,7 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
         for _ in range(PRIOR):
             bandit.update(np.arange(n_states)[:, None], a[None], mean[None])
         chosen = bandit.greedy()  # (n_states,)
-        T[b] = grid[chosen].reshape(T.shape[2:])
+        T[b] = layers[b][:, None, None] * grid[chosen].reshape(T.shape[2:])
         mean_dnll[b] = np.mean([(lost[b, 0], lost[b, 1 + chosen[state]]) for lost, state in zip(dnll, states)], 0)
     return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:]), mean_dnll
 
@@ -283,15 +319,15 @@ def learn_gate(model, samples, name, rules, W, edges, budgets, progress):
 # ------------------------------------------------------------------------------------------------- let the loss decide
 
 def roll_out(model, sample, name, jobs):
-    """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau (L,), budget): (N,).
+    """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
 
-    Jobs that keep the same tokens share a roll-out.
+    tau: (L,), or None for no gate. Jobs that keep the same tokens share a roll-out.
     """
-    G, which, sets = model.config.n_kv_head, [], {}
+    settings, G, which, sets = ckv.SETTINGS[name], model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
-        W, tau = (torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
-        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], ckv.SETTINGS[name].n_sets(G))
+        W, tau = (x if x is None else torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
+        kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], settings.n_sets(G), settings.cap)
         which.append(tuple(k.numpy().tobytes() for k in kept))
         sets[which[-1]] = [k.expand(G, -1) for k in kept]
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
@@ -346,27 +382,31 @@ def learn_tables(model, samples, name, rules, budgets, rng, progress):
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
-    one, all_pass = np.ones((model.config.n_layer, model.config.n_head)), np.zeros(model.config.n_layer)
+    one = np.ones((model.config.n_layer, model.config.n_head))
     quantiles = [np.quantile([s.risk[name][i] for s in samples], np.arange(1, n) / n)
                  for i, n in enumerate((ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS))]
-    named = lambda actions, rewards: {str(b): dict(zip(map(str, actions), (-r).round(4).tolist())) for b, r in zip(budgets, rewards)}
     with tqdm(desc=f"{name}, roll-outs", unit="roll-out", leave=False) as progress:
         chosen, rewards = choose(model, samples, name, budgets, settings.rules,
-                                 lambda i, b, rule: (rule, one, all_pass, budgets[b]), progress)
-        rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(settings.rules, rewards)}
+                                 lambda i, b, rule: (rule, one, None, budgets[b]), progress)
+        rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(budgets, settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         learned, evidence["head_experiences"], evidence["rank_agreement_of_halves"] = \
             learn_tables(model, samples, name, rules, budgets, rng, progress)
         chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
-                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], all_pass, budgets[b]), progress, cautious=True)
+                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], None, budgets[b]), progress, cautious=True)
         tables = [list(learned)[i] for i in chosen]
         W = np.stack([np.sqrt(learned[table][0][b] * learned[table][1][b]) for b, table in enumerate(tables)])
-        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(learned, rewards), dict(zip(map(str, budgets), tables))
+        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, learned, rewards), dict(zip(map(str, budgets), tables))
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, quantiles, budgets, progress)
+        layers, more = learn_layers(model, samples, name, rules, W, budgets, rng, progress)
+        evidence |= more
+        for budget, row in more.get("held_out_dnll_by_layers", {}).items():
+            say(f"{name}, budget {budget}: thresholds of layers, strength {more['layers'][budget]:g}; held-out dNLL "
+                + ", ".join(f"{strength} {dnll:.3f}" for strength, dnll in row.items()))
+        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, layers, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
     for b, budget in enumerate(map(str, budgets)):
@@ -390,21 +430,22 @@ def gate_sizes(samples, name, rules, W, T, edges, budgets):
     """What the gate did on these prompts, a dict for each budget.
 
     kept_mean: tokens kept a layer; constant_tau: the one of LEVELS that keeps as many; gate_set_the_size: the share of (prompt,
-    layer) pairs in which the gate, not the clamp, set the size.
+    layer) pairs in which the gate, not a clamp, set the size.
     """
-    n_sets, L, out = ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), W.shape[1], []
-    levels, bins = torch.from_numpy(LEVELS).float().repeat(L, 1), risk_bins(samples, name, edges)
+    settings, n_sets, out = ckv.SETTINGS[name], ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), []
+    levels, bins = torch.from_numpy(LEVELS).float().repeat(W.shape[1], 1), risk_bins(samples, name, edges)
     for b, budget in enumerate(budgets):
-        sizes, constant = [], []  # (P, L) tokens kept; (P, levels) their mean over layers under one tau for all
+        gated, kept, constant, most = [], [], [], settings.cap * budget  # by prompt: (L,), a number, (levels,)
         for sample, (e, p) in zip(samples, bins):
             scores = protected_scores(sample, name, rules[b], W[b], budget, n_sets).flatten(1).sort().values  # (L, N), ascending
-            kept = lambda tau: ((scores.shape[1] - torch.searchsorted(scores, tau)) / n_sets).clamp(max=budget)  # (L, n) -> (L, n)
-            sizes.append(kept(torch.from_numpy(T[b, :, e, p, None]).float())[:, 0].numpy())
-            constant.append(kept(levels).mean(0).numpy())
-        sizes = np.array(sizes)
-        out.append({"kept_mean": round(float(sizes.mean()), 1),
-                    "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - sizes.mean()).argmin()]),
-                    "gate_set_the_size": round(float((sizes < budget).mean()), 4)})
+            passed = lambda tau: ((scores.shape[1] - torch.searchsorted(scores, tau)) / n_sets).clamp(max=most)  # (L, n) -> (L, n)
+            sizes = passed(torch.from_numpy(T[b, :, e, p, None]).float())[:, 0]  # (L,) before the clamp over layers
+            gated.append(((sizes < most) & (sizes.mean() <= budget)).numpy())
+            kept.append(min(float(sizes.mean()), budget))
+            constant.append(passed(levels).mean(0).clamp(max=budget).numpy())
+        out.append({"kept_mean": round(float(np.mean(kept)), 1),
+                    "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - np.mean(kept)).argmin()]),
+                    "gate_set_the_size": round(float(np.mean(gated)), 4)})
     return out
 
 
@@ -443,8 +484,10 @@ def describe(name, compiled, evidence, budgets, retrieval, say):
         best = np.dstack(np.unravel_index(np.argsort(-W, axis=None, kind="stable")[:3], W.shape))[0]
         heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
         rho = evaluation.rank_correlation(W.ravel(), retrieval.ravel())
+        ratio = np.median(T, (1, 2)) / np.median(T)  # (L,)
+        low = ", ".join(f"layer {l} ({ratio[l]:.2f})" for l in np.argsort(ratio, kind="stable")[:3])
         say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}, rank correlation with "
-            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}; "
+            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}, lowest ratios {low}; "
             f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
             f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from eval import (DEFAULT_DATA, GOLD, TASKS, all_found, classification, code_written, edit_similarity, encode, interval, lcs,
+from eval import (DEFAULT_DATA, GOLD, TASKS, all_found, classification, code_written, edit_similarity, encode, gated_share, interval, lcs,
                   line_written, normalise, number_share, protocol_tables, rank_correlation, read_records, resamples, risk_report,
                   rouge_l, score, summarise, token_f1, worst_tenth)
 from helpers import assert_one_line, gguf_meta
@@ -233,6 +233,17 @@ def test_risk_report_sees_a_signal_within_tasks_only_where_there_is_one():
     assert report["entropy"]["spearman"] > 0.2 and report["entropy"]["within"] == pytest.approx(-1)
     assert report["entropy"]["dnll_by_quarter"] == pytest.approx([0.99, 0.965, 5.795, 5.77])
     assert report["perplexity"] == {"spearman": None, "within": None, "dnll_by_quarter": [None] * 4}  # a signal that never moves
+
+
+@pytest.mark.parametrize("sizes, budget, cap, n_tokens, expected", [
+    ((40, 50, 50), 50, 1, 99, 1 / 3), ((50, 50, 50), 50, 1, 99, 0),     # a layer with room that it does not use
+    ((60, 99, 30), 50, 2, 99, 0), ((20, 30, 99), 50, 2, 99, 2 / 3),     # layers compete: what clamps is the sum, or the cap of one
+    ((20, 20, 100), 50, 2, 999, 2 / 3), ((30, 40, 40), 50, 2, 40, 1 / 3),  # no layer has more than all tokens
+])
+def test_the_gate_is_credited_with_the_sizes_that_no_clamp_set(sizes, budget, cap, n_tokens, expected):
+    """Guards against a clamp's work that is reported as the gate's."""
+    kept = [torch.tensor([list(range(n)), list(range(n))]) for n in sizes]
+    assert gated_share(kept, budget, cap, n_tokens) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------- files and encoding
