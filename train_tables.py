@@ -485,9 +485,9 @@ def describe(name, compiled, evidence, budgets, retrieval, say):
         heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
         rho = evaluation.rank_correlation(W.ravel(), retrieval.ravel())
         ratio = np.median(T, (1, 2)) / np.median(T)  # (L,)
-        low = ", ".join(f"layer {l} ({ratio[l]:.2f})" for l in np.argsort(ratio, kind="stable")[:3])
+        low = "".join(f", layer {l} {ratio[l]:.2f} of it" for l in np.argsort(ratio, kind="stable")[:3] if ratio[l] < 1)
         say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}, rank correlation with "
-            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}, lowest ratios {low}; "
+            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}{low}; "
             f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
             f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")

@@ -328,14 +328,18 @@ def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path
     assert set(lines) < set(report.splitlines()) and len(lines) == 2 * (4 + 4) and "gap" not in part
 
 
-def test_the_row_with_a_smaller_budget_never_keeps_more(world):
-    """Guards against the size of a compiled budget that stands in for a smaller one that was asked for."""
+def test_rows_keep_what_their_names_say(world):
+    """Guards against the size of a compiled budget that stands in for a smaller one that was asked for, and against caps mixed up."""
     model = load(world / "tiny.gguf", "float32")
     tables = Tables.load(world / "t.npz", model)
     logits, cache, observation = model.prefill([t % 256 for t in range(300)], MAX_WINDOW)
     for budget in (90, 180, 400):
-        kept = evaluation.SWITCHES["smaller budget"](observation, cache, budget, tables)
-        assert all((layer >= 0).sum() <= budget * len(layer) for layer in kept)
+        sizes = {name: [int((layer >= 0).sum()) / len(layer) for layer in evaluation.SWITCHES[name](observation, cache, budget, tables)]
+                 for name in ("smaller budget", "cap 1", "constant tau", "CompilerKV", "no cap")}
+        assert max(*sizes["smaller budget"], *sizes["cap 1"]) <= budget
+        if budget < 300 / 2:
+            assert budget < max(sizes["constant tau"]) <= 2 * budget >= max(sizes["CompilerKV"]) > budget
+        assert all(np.mean(row) <= budget for row in sizes.values()) and max(sizes["no cap"]) >= max(sizes["CompilerKV"])
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
