@@ -18,9 +18,9 @@ the Sgeir rocks. The keeper after her, Magnus Lyle, painted the tower red and wh
 the church of Tolm. In 1932 the oil gave way to gas, and the last keeper, Una Farquhar, left on 30 September 1988."""
 PROMPT = f"{STORY} Once more: {STORY.split(' In 1932')[0]} Who was the first keeper?"
 KEPT = {  # (policy, layer): runs of kept positions; KV heads that keep other ones behind a bar. Written down once.
-    ("compilerkv", 0): "0-3 139-169 195-225 232-282 | 0-3 198 233-282 | 0-3 267-282",
-    ("compilerkv", 14): "0-3 94-132 187-217 267-282 | 0-3 97-111 142-172 267-282 | 0-3 251-282",
-    ("compilerkv", 29): "0-3 45-56 80-154 238-282 | 0-3 251-282 | 0-3 267-282",
+    ("compilerkv", 0): "0-3 232-262 267-282 | 0-3 267-282",
+    ("compilerkv", 14): "0-3 11-58 94-132 169-225 267-282 | 0-3 53-83 97-127 142-172 267-282 | 0-3 251-282",
+    ("compilerkv", 29): "0-3 45-75 80-154 238-282 | 0-3 251-282 | 0-3 267-282",
     ("snapkv", 0): "100-103 152-157 207-213 229-236 244-282 | 194-196 214-220 228-237 239-282"
                    " | 200-203 207 213-219 224-227 229-230 233-237 239 243-282",
     ("snapkv", 14): "0-3 65-71 86-87 151-157 161-167 246-282 | 0-3 91-101 105-117 247-282"
