@@ -177,13 +177,14 @@ def gate(s, tau, budget, cap=1):
     s: (L, n_sets, T) with protected tokens at infinity; tau: (L,), or None for no gate. Returns L tensors as of `positions_of`. The
     sets of a layer compete for its n_sets * budget entries. With a cap above 1, layers compete too: each may keep up to cap
     budgets, and where all together exceed L budgets, all thresholds rise in proportion until they fit. So the ratios of tau
-    share tokens out among layers. Fewer candidates than the budget stay fewer: else the gate would do nothing.
+    share tokens out among layers. Fewer candidates than the budget stay fewer: else the gate would do nothing. tau may stand on
+    the CPU, where tables are, and s on another device.
     """
     L, n_sets, T = s.shape
     s = s.reshape(L, -1)  # -> (L, n_sets T)
     if tau is None:
         return positions_of(highest(s, n_sets * budget).view(L, n_sets, T))
-    tau = tau[:, None]  # -> (L, 1)
+    tau = tau.to(s.device)[:, None]  # -> (L, 1)
     chosen = highest(s, cap * n_sets * budget) & (s >= tau)
     if cap > 1:
         ratio = torch.where(chosen, s / tau.clamp_min(1e-6), -1)  # by how much the thresholds may rise before an entry falls
@@ -196,8 +197,7 @@ def kept_tokens(u, W, tau, budget, window, n_sets, cap):
 
     W and tau may stand on the CPU, where tables are, and u on another device.
     """
-    s = protect(head_score(u, W.to(u.device), n_sets), budget, window)  # (L, n_sets, T)
-    return gate(s, None if tau is None else tau.to(u.device), budget, cap)
+    return gate(protect(head_score(u, W.to(u.device), n_sets), budget, window), tau, budget, cap)
 
 
 def select_compilerkv(observation, cache, budget, tables, name="compilerkv"):

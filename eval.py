@@ -710,14 +710,15 @@ PAIRS = (*(("CompilerKV", other) for other in ("SnapKV", "SnapKV, kernel 31", "A
 
 def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, sinks=ckv.SINKS, window=None, kernel=None, **settings):
     """Kept positions of CompilerKV as compiled but for what the arguments change."""
-    rule, learned_W, tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
-    window, kernel = window or rule[0], kernel or rule[1]
-    compiled = tables.budgets[tables.nearest(budget)]
-    check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
-    if gate == "constant":  # this and a smaller budget leave as many tokens as the learned gate left on the calibration prompts
-        tau = torch.full_like(tau, check["constant_tau"])  # (L,)
-    elif gate == "smaller":
-        budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
+    rule, learned_W, learned_tau = tables.look_up("compilerkv", budget, *ckv.risk(observation, ckv.OURS.window))
+    window, kernel, tau = window or rule[0], kernel or rule[1], learned_tau if gate == "learned" else None
+    if gate in ("constant", "smaller"):  # as many tokens as the learned gate left on the calibration prompts
+        compiled = tables.budgets[tables.nearest(budget)]
+        check = tables.provenance["evidence"]["compilerkv"]["check"][str(compiled)]
+        if gate == "constant":
+            tau = torch.full_like(learned_tau, check["constant_tau"])  # (L,)
+        else:
+            budget = max(round(budget * check["kept_mean"] / compiled), ckv.MIN_BUDGET)
     setting = dataclasses.replace(ckv.OURS, **settings)
     G = cache.k[0].shape[1]
     u = ckv.utility(observation, cache, setting, window) if norm else \
@@ -725,7 +726,6 @@ def ablated(observation, cache, budget, tables, W=True, gate="none", norm=True, 
     u = ckv.spread(u, window, kernel, sinks)
     W = learned_W if W else torch.ones_like(learned_W)  # (L, H)
     s = ckv.protect(ckv.head_score(u, W.to(u.device), setting.n_sets(G)), budget, window, sinks)  # (L, n_sets, T)
-    tau = tau.to(s.device) if gate in ("learned", "constant") else None
     return [kept.expand(G, -1) for kept in ckv.gate(s, tau, budget, setting.cap)]
 
 

@@ -229,7 +229,7 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     full = (40 * often.loss_full + rare.loss_full) / 41
     assert dnll == pytest.approx(np.array([[20 - full, 10 / 41 - full]]))  # without a gate; with it, which is wrong for the rare one
     T = learn([often] * 40 + [rare] * 40)[0]
-    assert (T[0, 1, 0, 0] == 2 * grid[3]).all() and (T[0, 1, 19, 3] == 2 * grid[5]).all()
+    assert (T[0, :, 0, 0] == grid[3] * layers[0]).all() and (T[0, :, 19, 3] == grid[5] * layers[0]).all()
     roll_outs(lambda sample, tau: 0.0)
     T = learn([often])[0]  # nothing is lost by any: then the first that leaves no candidate beyond the budget
     s = ckv.protect(ckv.head_score(often.pooled("compilerkv", RULES["compilerkv"]), torch.ones(W.shape[1:]), CONFIG.n_kv_head), 60, 16)
@@ -238,9 +238,9 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     # a loss of 0.3 times that penalty: worth it at full weight, as in the paper, and not at ours
     price = 0.3 * (1 - 60 / 150)
     roll_outs(lambda sample, tau: 0.0 if tau is None else price * (level(tau) > 2 * grid[0]))
-    assert (learn([often])[0][0, 0] == 0.1 * grid[0]).all()
+    assert (learn([often])[0] == grid[0] * layers[..., None, None]).all()
     monkeypatch.setitem(ckv.SETTINGS, "compilerkv", dataclasses.replace(ckv.OURS, penalty=ckv.PAPER.penalty))
-    assert (learn([often])[0][0, 0] == 0.1 * grid[fits.index(True)]).all()
+    assert (learn([often])[0] == grid[fits.index(True)] * layers[..., None, None]).all()
     roll_outs(lambda sample, tau: 7.0 if tau is None else 1.0)
     assert learn([often], "compilerkv-paper")[2] == pytest.approx(np.array([[7, 1]]) - often.loss_full)
 
