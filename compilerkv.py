@@ -34,7 +34,7 @@ class Settings:
     queries: str   # how Eq. 4 joins the window's queries: their "mean", or the one that wants the token most, "max"
     shared: bool   # one kept set a layer for all its KV heads, or sets of its KV heads that compete for the layer's budget
     rules: tuple   # (window, kernel) actions: |Omega|, and the width of the max-pool of u over tokens (1 = none); first = default
-    cap: int       # most that a gated layer keeps, in budgets: 1 = each layer has its own; above, layers compete for what all may keep
+    cap: int       # most that a gated layer keeps, in budgets: 1 = each layer has its own; above, layers compete, see `gate`
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
     penalty: float   # nats that the gate pays for a context full of candidates beyond the budget
@@ -175,21 +175,22 @@ def gate(s, tau, budget, cap=1):
     """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
 
     s: (L, n_sets, T) with protected tokens at infinity; tau: (L,), or None for no gate. Returns L tensors as of `positions_of`. The
-    sets of a layer compete for its n_sets * budget entries. With a cap above 1, layers compete too: each may keep up to cap
-    budgets, and where all together exceed L budgets, all thresholds rise in proportion until they fit. So the ratios of tau
-    share tokens out among layers. Fewer candidates than the budget stay fewer: else the gate would do nothing. tau may stand on
-    the CPU, where tables are, and s on another device.
+    sets of a layer compete for its n_sets * budget entries. With a cap above 1, layers compete too, for the budgets of all: each may
+    keep up to cap budgets, its best half budget is safe from the others, and beyond that the highest s / tau of all layers
+    find a place, as if all thresholds rose in proportion until the candidates fit. So the ratios of tau share tokens out among
+    layers. Fewer candidates than the budget stay fewer: else the gate would do nothing. tau may stand on the CPU, where tables
+    are, and s on another device.
     """
     L, n_sets, T = s.shape
     s = s.reshape(L, -1)  # -> (L, n_sets T)
     if tau is None:
         return positions_of(highest(s, n_sets * budget).view(L, n_sets, T))
-    tau = tau.to(s.device)[:, None]  # -> (L, 1)
-    chosen = highest(s, cap * n_sets * budget) & (s >= tau)
+    chosen, tau = highest(s, cap * n_sets * budget), tau.to(s.device)[:, None]  # (L, n_sets T), (L, 1)
     if cap > 1:
         ratio = torch.where(chosen, s / tau.clamp_min(1e-6), -1)  # by how much the thresholds may rise before an entry falls
-        chosen &= highest(ratio.flatten(), L * n_sets * budget).view_as(chosen)
-    return positions_of(chosen.view(L, n_sets, T))
+        ratio[highest(s, (n_sets * budget + 1) // 2)] = torch.inf
+        chosen = highest(ratio.flatten(), L * n_sets * budget).view_as(s) & chosen
+    return positions_of((chosen & (s >= tau)).view(L, n_sets, T))
 
 
 def kept_tokens(u, W, tau, budget, window, n_sets, cap):

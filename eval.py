@@ -292,7 +292,10 @@ def look_ahead(model, observation, cache, ids):
 
 
 def gated_share(kept, budget, cap, n_tokens):
-    """Share of the layers whose size a gate set, not a clamp: they keep less than they may, and all together less than all may."""
+    """Share of the layers whose size a gate set, not a clamp: they keep less than they may, and all together less than all may.
+
+    Where layers compete it counts too many: also a layer that others outbid, when some other drops a part of its safe half.
+    """
     sizes = np.array([(k >= 0).sum().item() / len(k) for k in kept])  # (L,) tokens a layer
     return float((sizes < min(cap * budget, n_tokens)).mean()) if sizes.mean() < min(budget, n_tokens) else 0.0
 

@@ -7,7 +7,9 @@
    of the pool (ours; the paper has one rule).
 3. Heads, from two rewards, on each half of the corpus. The share: in state (budget, layer, head), W_head takes one of the
    grid's values while all other heads are 1, and the reward is the share of the layer's mass that the kept set keeps; one pass
-   serves every action. The loss: random tables are rolled out for real, and every head of a table shares its reward.
+   serves every action. The loss: random tables are rolled out for real, and all heads of a table share its reward. Layers
+   compete meanwhile, as under the gate, but with one threshold that every token reaches: under a higher one, a head would be paid
+   for the tokens that a larger W adds.
 4. Let the loss decide. Every prompt is rolled out under the tables that the other half of the corpus made, at several strengths,
    and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error. What ships is
    the geometric mean of the tables of the two halves.
@@ -15,7 +17,6 @@
    the heads, from the loss of random thresholds, and roll-outs decide how far they go. Then, in state (budget, entropy bin,
    perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss, and the
    penalty for candidates beyond the budget.
-   The heads are learned without a gate: under one, a head would be paid for the tokens that a larger W adds.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -41,8 +42,8 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-HEAD_TABLES = 24        # random W_head that every prompt rolls out for each budget, half of them mirror images
-LAYER_TABLES = 16       # random thresholds of the layers, likewise
+HEAD_TABLES = 32        # random W_head that every prompt rolls out for each budget, half of them mirror images
+LAYER_TABLES = 12       # random thresholds of the layers, likewise
 SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
 SHARE_POWERS = (0.5, 1.0)      # strengths among which real roll-outs decide: exponents of the table learned from the share,
@@ -172,52 +173,52 @@ def learn_heads(samples, name, rules, budgets, n_layer, n_head):
 def perturb(model, samples, name, budgets, shape, n_tables, job_of, rng, progress):
     """The direction in which the log of a table of this shape should go, one for all budgets, from the loss of random ones.
 
-    A random table multiplies or divides every entry by e^SPREAD, its mirror image does the opposite, and all entries of a table
-    share its reward, as in the paper. job_of(budget's number, table) -> a job of `roll_out`. A prompt's rewards at one budget are
-    counted from their mean, in standard deviations, so that no prompt outvotes the others. An entry's step is the difference
-    of its two actions' mean rewards. Only ratios along the last axis act, so steps have mean 0 there; their standard
-    deviation over all entries is 1.
+    A random table multiplies or divides every entry by e^SPREAD, its mirror image does the opposite; only ratios along the last
+    axis are of interest, so that its mean log is 0 there. job_of(budget's number, table) -> a job of `roll_out`. A prompt's rewards
+    at one budget are counted from their mean, in standard deviations, so that no prompt outvotes the others. The direction is
+    what LinUCB's regression of the rewards on the log tables finds, with a standard deviation of 1 over all entries.
     """
-    n = int(np.prod(shape))
-    bandit, states = EpsilonGreedy(n, 2), np.tile(np.arange(n), n_tables)
+    logs, rewards = [], []
     for sample in samples:
-        up = rng.integers(2, size=(len(budgets), n_tables // 2, n))
-        up = np.concatenate((up, 1 - up), axis=1)  # (budgets, n_tables, n): 1 multiplies, 0 divides
-        jobs = [job_of(b, np.exp(SPREAD * (2 * row - 1)).reshape(shape)) for b in range(len(budgets)) for row in up[b]]
-        rewards = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), n_tables)
-        rewards = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + NOISE)
-        for actions, r in zip(up, rewards):
-            bandit.update(states, actions.ravel(), r.repeat(n))
-        progress.update(rewards.size)
-    gain = (bandit.values()[:, 1] - bandit.values()[:, 0]).reshape(shape)
-    gain -= gain.mean(-1, keepdims=True)
-    return gain / (gain.std() + 1e-12)
+        x = SPREAD * rng.choice((-1.0, 1.0), size=(len(budgets), n_tables // 2, *shape))
+        x = np.concatenate((x, -x), axis=1)  # (budgets, n_tables, *shape)
+        x -= x.mean(-1, keepdims=True)
+        jobs = [job_of(b, table) for b, tables in enumerate(np.exp(x)) for table in tables]
+        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), n_tables)
+        logs.append(x.reshape(r.size, -1))
+        rewards.append(((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE)).ravel())
+        progress.update(r.size)
+    rewards = np.concatenate(rewards)  # (N,)
+    bandit = LinUCB(np.concatenate(logs), 1)  # one action: use the table; its log is the context
+    bandit.update(np.arange(len(rewards)), np.zeros(len(rewards), dtype=int), rewards)
+    step = bandit.theta()[0].reshape(shape)
+    return step / (step.std() + 1e-12)
 
 
-def perturb_heads(model, samples, name, rules, budgets, rng, progress):
-    """The direction (L, H) of log W_head: one weight for the query heads of each KV head."""
+def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
+    """The direction (L, H) of log W_head: one weight for the query heads of each KV head. tau: see `learn_tables`."""
     L, G = model.config.n_layer, model.config.n_kv_head
     by_head = lambda x: x.repeat(model.config.n_head // G, axis=1)  # (L, G) -> (L, H)
     return by_head(perturb(model, samples, name, budgets, (L, G), HEAD_TABLES,
-                           lambda b, W: (rules[b], by_head(W), None, budgets[b]), rng, progress))
+                           lambda b, W: (rules[b], by_head(W), tau, budgets[b]), rng, progress))
 
 
 def learn_layers(model, samples, name, rules, W, budgets, rng, progress):
-    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence.
+    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H). And evidence.
 
-    The direction comes from the loss, on each half of the corpus; how far it goes at each budget is decided by the prompts of the
-    other half. One threshold for all layers stays unless another table is clearly better.
+    The direction of their log comes from the loss, on each half of the corpus; how far it goes at each budget is decided by the
+    prompts of the other half, which may leave one threshold for all layers (0).
     """
-    lowest, L, evidence = ckv.SETTINGS[name].tau_grid[0], W.shape[1], {}
+    lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
     if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
-        return np.ones((len(budgets), L)), evidence
+        return np.ones((len(budgets), L)), {}
     job = lambda b, factor: (rules[b], W[b], lowest * factor, budgets[b])
     steps = [perturb(model, half, name, budgets, (L,), LAYER_TABLES, job, rng, progress) for half in halves(samples)]
     chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS,
-                             lambda i, b, x: job(b, np.exp(x * steps[1 - half_of(i)])), progress, cautious=True)
-    evidence["rank_agreement_of_halves_layers"] = evaluation.rank_correlation(*steps)
-    evidence["held_out_dnll_by_layers"] = named(budgets, LAYER_STEPS, rewards)
-    evidence["layers"] = {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}
+                             lambda i, b, x: job(b, np.exp(x * steps[1 - half_of(i)])), progress)
+    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*steps),
+                "held_out_dnll_by_layers": named(budgets, LAYER_STEPS, rewards),
+                "layers": {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}}
     return np.exp(np.array(LAYER_STEPS)[chosen, None] * np.mean(steps, 0)), evidence
 
 
@@ -363,17 +364,18 @@ def halves(samples):
     return [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
 
 
-def learn_tables(model, samples, name, rules, budgets, rng, progress):
+def learn_tables(model, samples, name, rules, tau, budgets, rng, progress):
     """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
 
-    Also how many experiences of heads there were, and the rank agreement of the two halves for each reward.
+    tau: the thresholds (L,) under which tables are rolled out, or None. Also how many experiences of heads there were, and the
+    rank agreement of the two halves for each reward.
     """
     L, H = model.config.n_layer, model.config.n_head
     (share, other), counts = zip(*(learn_heads(half, name, rules, budgets, L, H) for half in halves(samples)))
     agree = {f"share, {budget}": evaluation.rank_correlation(x.ravel(), y.ravel()) for budget, x, y in zip(budgets, share, other)}
     learned = {"W = 1": (np.ones_like(share),) * 2, **{f"share^{x:g}": (share ** x, other ** x) for x in SHARE_POWERS}}
     if ckv.SETTINGS[name].scope == "head":  # the paper's grid, at most 1.5, is too narrow for the loss to tell its actions apart
-        steps = [perturb_heads(model, half, name, rules, budgets, rng, progress) for half in halves(samples)]
+        steps = [perturb_heads(model, half, name, rules, tau, budgets, rng, progress) for half in halves(samples)]
         agree["loss"] = evaluation.rank_correlation(*(x.ravel() for x in steps))
         learned |= {f"loss {x:g}": tuple(np.tile(np.exp(x * step), (len(budgets), 1, 1)) for step in steps) for x in LOSS_STEPS}
     return learned, sum(counts), agree
@@ -391,10 +393,11 @@ def compile_tables(model, samples, name, budgets, seed, say):
         rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(budgets, settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
+        even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
         learned, evidence["head_experiences"], evidence["rank_agreement_of_halves"] = \
-            learn_tables(model, samples, name, rules, budgets, rng, progress)
+            learn_tables(model, samples, name, rules, even, budgets, rng, progress)
         chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
-                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], None, budgets[b]), progress, cautious=True)
+                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], even, budgets[b]), progress, cautious=True)
         tables = [list(learned)[i] for i in chosen]
         W = np.stack([np.sqrt(learned[table][0][b] * learned[table][1][b]) for b, table in enumerate(tables)])
         evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, learned, rewards), dict(zip(map(str, budgets), tables))
@@ -433,16 +436,20 @@ def gate_sizes(samples, name, rules, W, T, edges, budgets):
     layer) pairs in which the gate, not a clamp, set the size.
     """
     settings, n_sets, out = ckv.SETTINGS[name], ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), []
-    levels, bins = torch.from_numpy(LEVELS).float().repeat(W.shape[1], 1), risk_bins(samples, name, edges)
+    levels, lowest, bins = torch.from_numpy(LEVELS).float(), torch.full(W.shape[1:2], 1e-3), risk_bins(samples, name, edges)
     for b, budget in enumerate(budgets):
-        gated, kept, constant, most = [], [], [], settings.cap * budget  # by prompt: (L,), a number, (levels,)
+        gated, kept, constant = [], [], []  # by prompt: (L,), a number, (levels,)
         for sample, (e, p) in zip(samples, bins):
-            scores = protected_scores(sample, name, rules[b], W[b], budget, n_sets).flatten(1).sort().values  # (L, N), ascending
-            passed = lambda tau: ((scores.shape[1] - torch.searchsorted(scores, tau)) / n_sets).clamp(max=most)  # (L, n) -> (L, n)
-            sizes = passed(torch.from_numpy(T[b, :, e, p, None]).float())[:, 0]  # (L,) before the clamp over layers
-            gated.append(((sizes < most) & (sizes.mean() <= budget)).numpy())
-            kept.append(min(float(sizes.mean()), budget))
-            constant.append(passed(levels).mean(0).clamp(max=budget).numpy())
+            s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)  # (L, n_sets, T)
+            tau = torch.from_numpy(T[b, :, e, p]).float()
+            count = lambda sets: torch.tensor([(k >= 0).sum() / n_sets for k in sets])  # tokens a layer, (L,)
+            sizes = count(ckv.gate(s, tau, budget, settings.cap))
+            candidates = (s >= tau[:, None, None]).sum((1, 2)) / n_sets  # (L,)
+            gated.append(((sizes == candidates) & (sizes < min(settings.cap * budget, s.shape[-1]))).numpy())
+            kept.append(float(sizes.mean()))
+            even = ckv.gate(s, lowest, budget, settings.cap)  # what any constant tau keeps is among it
+            scores = torch.cat([row.gather(-1, k.clamp(min=0))[k >= 0] for row, k in zip(s, even)]).sort().values  # ascending
+            constant.append(((len(scores) - torch.searchsorted(scores, levels)) / s.shape[:2].numel()).numpy())
         out.append({"kept_mean": round(float(np.mean(kept)), 1),
                     "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - np.mean(kept)).argmin()]),
                     "gate_set_the_size": round(float(np.mean(gated)), 4)})

@@ -330,6 +330,15 @@ def test_a_ragged_batch_equals_its_rows_one_by_one(T, B, seed):
     assert out == [MODEL.decode(evict(cache, kept), logits, 12, stop={3, 4})[0] for kept in kepts]
 
 
+@pytest.mark.parametrize("n", [2, 40, 50, 130])
+def test_nll_of_many_rows_is_that_of_each_row_alone(n):
+    """Guards against the groups of rows whose logits are made together: one that is left out, counted twice or mixed up, or has no row."""
+    logits, cache, _ = MODEL.prefill(random_tokens(40, seed=31), window=3)
+    kepts, continuation = [random_kept(40, seed) for seed in range(32, 39)], random_tokens(n, seed=39)
+    alone = torch.cat([MODEL.nll(evict(cache, kept), logits, continuation) for kept in kepts])
+    assert close(MODEL.nll(evict(cache, *kepts), logits, continuation), alone) and alone.diff().abs().min() > 1e-4
+
+
 def test_nll_is_the_mean_over_the_continuation():
     """Guards against a loss shifted by one token, summed instead of averaged, or without the first token."""
     tokens, continuation = random_tokens(12, seed=15), random_tokens(7, seed=16)

@@ -103,7 +103,8 @@ def test_a_roll_out_is_the_loss_of_what_select_keeps(rule):
     tables = ckv.Tables(np.array([60]), "", {"compilerkv": ours}, np.zeros((L, CONFIG.n_head)))
     kept = ckv.select("compilerkv", observation, s.cache, 60, tables)
     sizes = [int((layer >= 0).sum()) / (60 * CONFIG.n_kv_head) for layer in kept]
-    assert sum(sizes) == 2 and sizes[0] > 1.2  # the gate takes part: layer 0 holds what layer 1 gave up
+    safe = max(0.5, (rule[0] + ckv.SINKS) / 60)  # of layer 1's budget
+    assert sizes[0] == pytest.approx(2 - safe) and sizes[1] <= safe  # the gate takes part: layer 0 holds all that it can get
     small = ckv.evict(s.cache, kept)
     assert train_tables.roll_out(model, s, "compilerkv", [(rule, W, tau, 60)])[0] == pytest.approx(
         model.nll(small, s.logits, s.continuation).item(), abs=1e-5)
@@ -155,16 +156,23 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     louder = lambda W: 50 * loss(W)  # one prompt that loses fifty times as much, and wants the opposite
     fond_of = lambda sample: (lambda W: -louder(W)) if sample is odd else loss
     odd = dataclasses.replace(s)
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([fond_of(sample)(W) for _, W, _, _ in jobs]))
-    log_W = train_tables.perturb_heads(model, [*[s] * 20, odd], "compilerkv", [RULES["compilerkv"]] * 2, (60, 70), np.random.default_rng(0),
-                                       tqdm(disable=True))
+    tau = np.ones(CONFIG.n_layer)
+
+    def roll_out(model, sample, name, jobs):
+        assert all(under is tau for _, _, under, _ in jobs) and [budget for *_, budget in jobs] == [60] * (len(jobs) // 2) + [70] * (len(jobs) // 2)
+        assert all(np.allclose(np.log(W).mean(1), 0) for _, W, _, _ in jobs)  # heads are weighed against those of their layer
+        return np.array([fond_of(sample)(W) for _, W, _, _ in jobs])
+
+    monkeypatch.setattr(train_tables, "roll_out", roll_out)
+    log_W = train_tables.perturb_heads(model, [*[s] * 20, odd], "compilerkv", [RULES["compilerkv"]] * 2, tau, (60, 70),
+                                       np.random.default_rng(0), tqdm(disable=True))
     assert log_W.shape == (CONFIG.n_layer, CONFIG.n_head) and np.isclose(log_W.std(), 1) and np.allclose(log_W.mean(1), 0)
     assert log_W[1, 0] > 1.5 * log_W[0, 0] > 0  # the loss's own ratio is 2; within a layer, up here is down there
     assert np.allclose(log_W[1, :n_groups], log_W[1, 0]) and np.allclose(log_W[0, n_groups:], -log_W[0, 0])
 
 
 def test_layers_get_the_thresholds_that_the_loss_wants(monkeypatch):
-    """Guards against a sign, a budget that gets another's strength, a strength of luck, and layers that compete in the paper."""
+    """Guards against a sign, a budget that gets another's strength, a strength that costs, and layers that compete in the paper."""
     model, s = tiny_sample(6)
     L, rules, W = CONFIG.n_layer, [RULES["compilerkv"]] * 2, np.ones((2, CONFIG.n_layer, CONFIG.n_head))
     samples, asked = [dataclasses.replace(s, loss_full=float(i % 2)) for i in range(24)], []
@@ -174,8 +182,8 @@ def test_layers_get_the_thresholds_that_the_loss_wants(monkeypatch):
         ratio = {60: [], 70: []}
         for _, _, tau, budget in jobs:
             ratio[budget].append(np.log(tau[1] / tau[0]))
-        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 it pays or costs, as luck has it
-        return np.concatenate((np.abs(np.array(ratio[60]) - 1.2), (0.3, -0.4)[int(sample.loss_full)] * (np.array(ratio[70]) > 0)))
+        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 it pays or costs, and costs more
+        return np.concatenate((np.abs(np.array(ratio[60]) - 1.2), (-0.3, 0.4)[int(sample.loss_full)] * (np.array(ratio[70]) > 0)))
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
     learn = lambda name: train_tables.learn_layers(model, samples, name, rules, W, (60, 70), np.random.default_rng(0), tqdm(disable=True))
@@ -183,7 +191,7 @@ def test_layers_get_the_thresholds_that_the_loss_wants(monkeypatch):
     assert factors.shape == (2, L) and evidence["layers"] == {"60": 0.6, "70": 0.0} and (factors[1] == 1).all()
     assert np.allclose(factors[0], np.exp([-0.6, 0.6])) and evidence["rank_agreement_of_halves_layers"] == pytest.approx(1)
     assert evidence["held_out_dnll_by_layers"]["60"]["0.6"] == pytest.approx(-0.5, abs=1e-3)
-    assert evidence["held_out_dnll_by_layers"]["70"]["0.2"] < evidence["held_out_dnll_by_layers"]["70"]["0.0"]  # by luck
+    assert evidence["held_out_dnll_by_layers"]["70"]["0.2"] == pytest.approx(evidence["held_out_dnll_by_layers"]["70"]["0.0"] + 0.05)
     assert len(asked) == 48 and all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for taus in asked[24:] for tau in taus)
     asked.clear()
     factors, evidence = learn("compilerkv-paper")
