@@ -59,10 +59,10 @@ def test_rivals_keep_what_their_reference_keeps(prefilled, policy):
         kept = OURS[policy](observation, cache, budget)
         for layer, text in zip(GOLDEN["layers"], by_layer):
             wanted, ours = [positions(head) for head in text.split(" | ")], [[t for t in row if t >= 0] for row in kept[layer].tolist()]
-            if policy == "knorm" and layer == 0:  # before any attention, a token's key has the same length wherever it stands
-                lengths = cache.k[0][0].norm(dim=-1)  # (G, T)
+            if policy == "knorm":  # in layer 0 a token's key has the same length wherever it stands; elsewhere some differ by one rounding
+                lengths = cache.k[layer][0].norm(dim=-1)  # (G, T)
                 wanted, ours = (torch.stack([lengths[g, row].sort().values for g, row in enumerate(x)]) for x in (wanted, ours))
-                assert torch.allclose(ours, wanted, rtol=1e-6), (i, budget)
+                assert torch.allclose(ours, wanted, rtol=1e-6), (i, budget, layer)
             else:
                 assert ours == wanted, (i, budget, layer)
 

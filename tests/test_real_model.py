@@ -18,7 +18,7 @@ the Sgeir rocks. The keeper after her, Magnus Lyle, painted the tower red and wh
 the church of Tolm. In 1932 the oil gave way to gas, and the last keeper, Una Farquhar, left on 30 September 1988."""
 PROMPT = f"{STORY} Once more: {STORY.split(' In 1932')[0]} Who was the first keeper?"
 KEPT = {  # (policy, layer): runs of kept positions; KV heads that keep other ones behind a bar. Written down once.
-    ("compilerkv", 0): "0-3 232-262 267-282 | 0-3 267-282",
+    ("compilerkv", 0): "0-3 139-143 232-262 267-282 | 0-3 267-282",
     ("compilerkv", 14): "0-3 11-58 94-132 169-225 267-282 | 0-3 53-83 97-127 142-172 267-282 | 0-3 251-282",
     ("compilerkv", 29): "0-3 45-75 80-154 238-282 | 0-3 251-282 | 0-3 267-282",
     ("snapkv", 0): "100-103 152-157 207-213 229-236 244-282 | 194-196 214-220 228-237 239-282"
