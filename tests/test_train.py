@@ -161,6 +161,7 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     def roll_out(model, sample, name, jobs):
         assert all(under is tau for _, _, under, _ in jobs) and [budget for *_, budget in jobs] == [60] * (len(jobs) // 2) + [70] * (len(jobs) // 2)
         assert all(np.allclose(np.log(W).mean(1), 0) for _, W, _, _ in jobs)  # heads are weighed against those of their layer
+        assert np.allclose(sum(np.log(W) for _, W, _, _ in jobs), 0)  # half of the tables are mirror images of the others
         return np.array([fond_of(sample)(W) for _, W, _, _ in jobs])
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
@@ -315,6 +316,33 @@ def test_every_prompt_is_judged_under_the_other_halfs_tables(monkeypatch):
     assert judged == [(i, 8.0 if i < 6 else 2.0) for i in range(12)]
     assert (compiled.W_head == 4).all() and evidence["W_head"] == {"60": "loss"}  # the geometric mean of the two
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
+    """Guards against heads that are learned for another competition than the gate's, and against one in the paper's reading."""
+    model, s = tiny_sample(9)
+    ones, taus = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
+
+    def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False):
+        taus.append(job_of(0, 0, actions[0])[2])
+        return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
+
+    def learn_tables(model, samples, name, rules, tau, budgets, rng, progress):
+        taus.append(tau)
+        return {"W = 1": (ones, ones)}, 0, {}
+
+    def learn_layers(*_):
+        raise KeyboardInterrupt
+
+    for function in (choose, learn_tables, learn_layers):
+        monkeypatch.setattr(train_tables, function.__name__, function)
+    with pytest.raises(KeyboardInterrupt):
+        train_tables.compile_tables(model, [s] * 12, name, (60,), 0, lambda text: None)
+    rule, *heads = taus
+    assert rule is None and len(heads) == 2
+    for tau in heads:
+        assert tau is None if name == "compilerkv-paper" else (tau == ckv.OURS.tau_grid[0]).all() and tau.shape == (CONFIG.n_layer,)
 
 
 def test_learners_find_what_pays_and_random_does_not():
