@@ -171,6 +171,11 @@ def positions_of(chosen):
     return [pad_sequence(positions[i:i + n_sets], batch_first=True, padding_value=-1) for i in range(0, L * n_sets, n_sets)]
 
 
+def tokens_kept(kept):
+    """How many tokens each layer keeps, a mean over its sets: L position tensors (n_sets, S_l) -> (L,) float64."""
+    return np.array([(positions >= 0).sum().item() / len(positions) for positions in kept])
+
+
 def gate(s, tau, budget, cap=1):
     """Eq. 8: candidates score at least tau; the kept set is the candidates, or their top scores if they exceed the budget.
 

@@ -296,7 +296,7 @@ def gated_share(kept, budget, cap, n_tokens):
 
     Where layers compete it counts too many: also a layer that others outbid, when some other drops a part of its safe half.
     """
-    sizes = np.array([(k >= 0).sum().item() / len(k) for k in kept])  # (L,) tokens a layer
+    sizes = ckv.tokens_kept(kept)  # (L,)
     return float((sizes < min(cap * budget, n_tokens)).mean()) if sizes.mean() < min(budget, n_tokens) else 0.0
 
 

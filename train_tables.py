@@ -204,7 +204,7 @@ def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
 
 
 def learn_layers(model, samples, name, rules, W, budgets, rng, progress):
-    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H). And evidence.
+    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence.
 
     The direction of their log comes from the loss, on each half of the corpus; how far it goes at each budget is decided by the
     prompts of the other half, which may leave one threshold for all layers (0).
@@ -436,19 +436,18 @@ def gate_sizes(samples, name, rules, W, T, edges, budgets):
     layer) pairs in which the gate, not a clamp, set the size.
     """
     settings, n_sets, out = ckv.SETTINGS[name], ckv.SETTINGS[name].n_sets(samples[0].cache.k[0].shape[1]), []
-    levels, lowest, bins = torch.from_numpy(LEVELS).float(), torch.full(W.shape[1:2], 1e-3), risk_bins(samples, name, edges)
+    levels, bins = torch.from_numpy(LEVELS).float(), risk_bins(samples, name, edges)
     for b, budget in enumerate(budgets):
         gated, kept, constant = [], [], []  # by prompt: (L,), a number, (levels,)
         for sample, (e, p) in zip(samples, bins):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)  # (L, n_sets, T)
             tau = torch.from_numpy(T[b, :, e, p]).float()
-            count = lambda sets: torch.tensor([(k >= 0).sum() / n_sets for k in sets])  # tokens a layer, (L,)
-            sizes = count(ckv.gate(s, tau, budget, settings.cap))
-            candidates = (s >= tau[:, None, None]).sum((1, 2)) / n_sets  # (L,)
-            gated.append(((sizes == candidates) & (sizes < min(settings.cap * budget, s.shape[-1]))).numpy())
+            sizes = ckv.tokens_kept(ckv.gate(s, tau, budget, settings.cap))  # (L,)
+            candidates = (s >= tau[:, None, None]).sum((1, 2)).numpy() / n_sets  # (L,)
+            gated.append((sizes == candidates) & (sizes < min(settings.cap * budget, s.shape[-1])))
             kept.append(float(sizes.mean()))
-            even = ckv.gate(s, lowest, budget, settings.cap)  # what any constant tau keeps is among it
-            scores = torch.cat([row.gather(-1, k.clamp(min=0))[k >= 0] for row, k in zip(s, even)]).sort().values  # ascending
+            most = ckv.gate(s, torch.zeros(len(s)), budget, settings.cap)  # what any constant tau keeps is among it
+            scores = torch.cat([row.gather(-1, k.clamp(min=0))[k >= 0] for row, k in zip(s, most)]).sort().values  # ascending
             constant.append(((len(scores) - torch.searchsorted(scores, levels)) / s.shape[:2].numel()).numpy())
         out.append({"kept_mean": round(float(np.mean(kept)), 1),
                     "constant_tau": float(LEVELS[np.abs(np.mean(constant, 0) - np.mean(kept)).argmin()]),

@@ -59,10 +59,12 @@ def test_rivals_keep_what_their_reference_keeps(prefilled, policy):
         kept = OURS[policy](observation, cache, budget)
         for layer, text in zip(GOLDEN["layers"], by_layer):
             wanted, ours = [positions(head) for head in text.split(" | ")], [[t for t in row if t >= 0] for row in kept[layer].tolist()]
-            if policy == "knorm":  # in layer 0 a token's key has the same length wherever it stands; elsewhere some differ by one rounding
+            if policy == "knorm":  # of keys of one length any may stay: in layer 0 those of one token, elsewhere some that differ by rounding
                 lengths = cache.k[layer][0].norm(dim=-1)  # (G, T)
-                wanted, ours = (torch.stack([lengths[g, row].sort().values for g, row in enumerate(x)]) for x in (wanted, ours))
-                assert torch.allclose(ours, wanted, rtol=1e-6), (i, budget, layer)
+                for row, w, o in zip(lengths, wanted, ours):
+                    shorter = row < row[o].max() * (1 - 1e-6)
+                    assert [t for t in o if shorter[t]] == [t for t in w if shorter[t]], (i, budget, layer)
+                    assert torch.allclose(row[o].sort().values, row[w].sort().values, rtol=1e-6), (i, budget, layer)
             else:
                 assert ours == wanted, (i, budget, layer)
 
