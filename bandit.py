@@ -45,18 +45,29 @@ class EpsilonGreedy:
         """Best mean reward of each state; the default where nothing was tried."""
         return np.where(self.visits.any(1), self.values().argmax(1), self.default)
 
+    def errors(self):
+        """Standard error of every mean reward (n_states, n_actions)."""
+        n = np.maximum(self.visits, 1)
+        return np.sqrt(np.maximum(self.squares / n - np.square(self.sums / n), 0) / n)
+
     def cautious(self, neutral):
         """The action whose mean less one standard error is highest, if that exceeds the neutral action's; else `neutral`: (n_states,).
 
         Rewards are counted from the neutral action's, so its own are all 0. Luck on a few experiences does not displace it; a
         single experience has no error and is believed.
         """
-        n, mean = np.maximum(self.visits, 1), self.values()
-        error = np.sqrt(np.maximum(self.squares / n - np.square(self.sums / n), 0) / n)
-        bound = mean - error
+        bound = self.values() - self.errors()
         best = bound.argmax(1)
         better = bound[np.arange(len(best)), best] > bound[:, neutral]
         return np.where(better, best, neutral)
+
+    def confidence(self):
+        """The odds that a mean reward is above 0, from -1 (surely below) over 0 (as likely as not) to 1: (n_states, n_actions).
+
+        The probability above 0 less that below, tanh(t / 2), for t = mean / standard error that is distributed logistically.
+        """
+        t = np.divide(self.values(), self.errors(), out=np.zeros(self.visits.shape), where=self.errors() > 0)
+        return np.tanh(t / 2)
 
 
 class LinUCB:

@@ -253,9 +253,7 @@ class Model:
             raise UserError(f"{end} tokens do not fit into the model's context of {c.context_length}: shorten the prompt or the answer")
         if (observe or total) and (B > 1 or cache.padded or set(cache.length) != {end - n}):  # slot t must hold position t
             raise ValueError("attention can be observed on one cache that nothing was evicted from, no other")
-        angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
-        cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(self.dtype)  # (B, 1, n, D)
-        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(self.dtype)
+        cos, sin = self.rotation(positions)  # (B, 1, n, D)
         x = self.embedding[tokens]  # (B, n, E)
         queries, room = [], x.new_empty(B, n, 2 * c.n_ff)
         summed = x.new_zeros(c.n_layer, c.n_head, end, dtype=torch.float32) if total else None
@@ -272,6 +270,11 @@ class Model:
             x = x + linear(swiglu(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up, room), block.down)  # (B, n, F) -> (B, n, E)
         cache.next_position = cache.next_position + n
         return rms_norm(x, self.norm, c.norm_eps), queries, summed
+
+    def rotation(self, positions):
+        """What `rotate` needs for tokens at these positions, (B, n) -> cos, sin (B, 1, n, D)."""
+        angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
+        return (torch.cat(halves, dim=-1).to(self.dtype) for halves in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
 
     def self_attention(self, l, x, cache, positions, cos, sin):
         """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).

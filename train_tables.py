@@ -1,22 +1,21 @@
 """Compile the tables offline, from experience with the real model: `python train_tables.py`.
 
-1. Collect. Every calibration prompt is prefilled once. A pass over the right continuation then shows which cache entries it
-   really needs: mass[l,g,t], the most attention that any of its queries pays, summed over the query heads, times value length
-   (over the mean length in the KV head, as in Eq. 4).
+1. Collect. Every calibration prompt is prefilled once.
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
-3. Heads, from two rewards, on each half of the corpus. The share: in state (budget, layer, head), W_head takes one of the
-   grid's values while all other heads are 1, and the reward is the share of the layer's mass that the kept set keeps; one pass
-   serves every action. The loss: random tables are rolled out for real, and all heads of a table share its reward. Layers
-   compete meanwhile, as under the gate, but with one threshold that every token reaches: under a higher one, a head would be paid
-   for the tokens that a larger W adds.
+3. Heads, from two rewards, on each half of the corpus. The value: a pass over the right continuation and back through the network
+   tells of every cache entry, kept or not, by how much the loss would fall with it, to first order. In state (budget, layer,
+   head), W_head is multiplied by a value of the grid, and the reward is the value of the entries that this lifts over the
+   threshold, less the price of their places; one pass serves every state and action. The loss: random tables are rolled out for
+   real, and all heads of a table share its reward. Layers compete meanwhile, as under the gate, but with one threshold that
+   every token reaches: under a higher one, a head would be paid for the tokens that a larger W adds.
 4. Let the loss decide. Every prompt is rolled out under the tables that the other half of the corpus made, at several strengths,
    and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error. What ships is
    the geometric mean of the tables of the two halves.
 5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like
-   the heads, from the loss of random thresholds, and roll-outs decide how far they go. Then, in state (budget, entropy bin,
-   perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss, and the
-   penalty for candidates beyond the budget.
+   the heads, from the value of what a layer's threshold moves, and roll-outs decide how far they go. Then, in state (budget,
+   entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss,
+   and the penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -31,24 +30,26 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import compilerkv as ckv
 import eval as evaluation
 from bandit import ConservativeQ, EpsilonGreedy, LinUCB
-from model import KVCache, UserError, last_attention, load
+from model import KVCache, UserError, last_attention, linear, load, rms_norm
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-HEAD_TABLES = 32        # random W_head that every prompt rolls out for each budget, half of them mirror images
-LAYER_TABLES = 12       # random thresholds of the layers, likewise
+HEAD_TABLES = 24        # random W_head that every prompt rolls out for each budget, half of them mirror images
 SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
-SHARE_POWERS = (0.5, 1.0)      # strengths among which real roll-outs decide: exponents of the table learned from the share,
-LOSS_STEPS = (0.2, 0.4, 0.6)   # standard deviations over heads of the log of the table learned from the loss,
-LAYER_STEPS = (0.0, 0.2, 0.4, 0.6, 0.8)  # the same over layers, of the log of their thresholds
+# Strengths among which real roll-outs decide. Of heads: the log of W at a head whose larger weight surely pays in value, and
+# the standard deviation over heads of the log of the table learned from the loss. Of layers: the log of the threshold at a layer
+# whose lower threshold surely pays.
+HEAD_STEPS = ((0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.0, 0.3), (0.3, 0.2), (0.6, 0.3))
+LAYER_STEPS = (0.0, 0.2, 0.4, 0.6, 0.8)
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
@@ -59,7 +60,6 @@ class Sample:
     """One calibration prompt, prefilled: all that learning needs."""
     u: dict              # (name of a setting, window) -> (L, H, T) utility of Eq. 4, un-pooled, float16
     risk: dict           # name of a setting -> (entropy, perplexity)
-    mass: torch.Tensor   # (L, G, T) the mass of step 1, 0 on tokens that every rule keeps, sum 1 a layer
     looks_back: torch.Tensor  # (L, H) share of the continuation's attention on tokens that compete: does the head retrieve?
     cache: KVCache       # the full one
     logits: torch.Tensor  # (V,) of the last prompt token
@@ -94,7 +94,7 @@ def read_prompts(path, limit):
 
 def collect(model, prompt):
     """Prefill one prompt, look at what its continuation attends to, and keep what learning needs."""
-    tokenizer, G = model.tokenizer, model.config.n_kv_head
+    tokenizer = model.tokenizer
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
     continuation = tokenizer.encode(prompt["continuation"], begin=False)[:CONTINUATION]
     if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
@@ -107,116 +107,198 @@ def collect(model, prompt):
     _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
     attention = torch.stack([A[..., :len(tokens)] for A in last_attention(queries, cache)]).float()  # L x (H, n, T + n) -> (L, H, n, T)
     cache.rewind(len(continuation))
-    needed = attention.amax(2)  # -> (L, H, T)
-    L, H, T = needed.shape
-    mass = needed.view(L, G, H // G, T).sum(2) * ckv.value_norm(cache)  # (L, G, T)
     window = min(w for w, _ in ckv.OURS.rules)
-    mass[..., :ckv.SINKS] = 0
-    mass[..., T - window:] = 0
-    looks_back = attention[..., ckv.SINKS:T - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
+    looks_back = attention[..., ckv.SINKS:len(tokens) - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
     u = {(name, w): ckv.utility(observation, cache, s, w).half().cpu() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
     risks = {name: ckv.risk(observation, s.window) for name, s in ckv.SETTINGS.items()}
-    return Sample(u, risks, (mass / mass.sum((1, 2), keepdim=True)).cpu(), looks_back.cpu(), cache, logits,
-                  continuation, loss_full)
+    return Sample(u, risks, looks_back.cpu(), cache, logits, continuation, loss_full)
 
 
 # --------------------------------------------------------------------------------------------------------------- learn
 
-def head_rewards(sample, name, rule, budget):
-    """Reward of every grid value for every head, all others at 1, less that of 1: (A, L, H).
+def mask_of(kept, T):
+    """Which entries are kept, (L, n_sets, T) bool, of L position tensors (n_sets, S_l); the inverse of `ckv.positions_of`."""
+    return torch.stack([torch.zeros(len(k), T + 1, dtype=torch.bool).scatter(1, k % (T + 1), True)[:, :T] for k in kept])  # -1 is entry T
 
-    The reward is the share of a layer's mass on the entries that find a place beside sinks and window; all that tie with the
-    lowest of them count: a plateau of the pool may exceed the budget by its width, for every action alike. Heads are compared
-    at the full budget: under a threshold, a head of larger W would be paid for the tokens that it adds.
+
+def token_values(model, sample, kept):
+    """By how much, to first order, the loss is lower where a cache entry is kept than where it is not, in nats a token: (L, G, T).
+
+    kept: L position tensors (n_sets, S_l), around which the loss is linearised. An entry of value v and score z (against the
+    log-sum-exp of all that the query sees) moves the attention output o by sigmoid(z) (v - o): exact for an entry that joins
+    the kept set alone, and times the gradient of the loss the entry's effect. Its own share is within o if it is kept already.
     """
-    settings, (L, G, T), window = ckv.SETTINGS[name], sample.mass.shape, min(rule[0], budget - ckv.SINKS)
-    u, mass = (x[..., ckv.SINKS:T - window] for x in (sample.pooled(name, rule), sample.mass))  # (L, H, T'), (L, G, T')
-    n_sets, H = settings.n_sets(G), u.shape[1]
-    mass = (mass if n_sets > 1 else mass.sum(1, keepdim=True)).flatten(1)  # (L, N) with N = n_sets T' entries that compete
-    places, N = n_sets * (budget - ckv.SINKS - window), mass.shape[1]
-    grid = torch.tensor(settings.W_grid, dtype=torch.float32)
-    neutral, rewards = settings.W_grid.index(1.0), []
-    if places == 0:  # sinks and window take all
-        return torch.zeros(len(grid), L, H)
+    c, ids, T = model.config, sample.continuation, sample.cache.length[0]
+    n, values = len(ids) - 1, torch.zeros(c.n_layer, c.n_kv_head, T)
+    if n == 0:  # the one token is predicted by the prompt's own logits
+        return values
+    # The full cache, evicted entries hidden: they are not seen, but their keys and values are at hand.
+    slots = torch.where(mask_of(kept, T), torch.arange(T), -1).expand(-1, c.n_kv_head, -1).to(model.device)  # (L, G, T)
+    cache = KVCache(*([x[:, :, :T] for x in part] for part in (sample.cache.k, sample.cache.v)), slots[:, None], sample.cache.next_position)  # L slots (1, G, T)
+    positions = cache.next_position[:, None] + torch.arange(n, device=model.device)  # (1, n)
+    cos, sin = model.rotation(positions)
+    x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
+    for l, block in enumerate(model.blocks):  # as in Model.forward, but nothing is written over: the way back needs it
+        y, q = model.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
+        y.retain_grad()
+        layers.append((y, q.detach()))
+        gate, up = linear(rms_norm(x + y, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
+        x = x + y + linear(F.silu(gate) * up, block.down)
+    logits = model.logits(rms_norm(x, model.norm, c.norm_eps))[0]  # (n, V)
+    (F.cross_entropy(logits, torch.tensor(ids[1:], device=model.device), reduction="sum") / len(ids)).backward()
+    future = torch.ones(n, n, dtype=torch.bool, device=model.device).triu(1)
+    for l, (y, q) in enumerate(layers):
+        k, v, slots = (part[0].detach() for part in cache.layer(l))  # (G, T + n, D) twice, (G, T + n)
+        slope = linear(y.grad[0], model.blocks[l].out.T).view(n, c.n_head, -1).transpose(0, 1)  # d loss / d o: (n, E) -> (H, n, D)
+        along = lambda rows, x: (rows.reshape(c.n_kv_head, -1, c.head_dim) @ x.transpose(1, 2)).float().view(c.n_kv_head, -1, n, T + n)
+        z, effect = along(q[0], k) / c.head_dim ** 0.5, along(slope, v)  # (G, R, n, T + n) each, with R query heads to a KV head
+        z[..., T:].masked_fill_(future, -torch.inf)
+        seen = z.masked_fill((slots < 0)[:, None, None], -torch.inf)
+        effect -= (torch.softmax(seen, -1) * effect).sum(-1, keepdim=True)  # slope v - slope o
+        values[l] = -(torch.sigmoid(z - seen.logsumexp(-1, keepdim=True)) * effect).sum((1, 2))[:, :T].cpu()  # -> (G, T)
+    return values
+
+
+def moved(u, W, n_sets, budget, window, kept, values, grid):
+    """What every action moves over the threshold: its value and its entries' number, each (L, H + 1, A), from those of action 1.
+
+    Action: the weight of a query head, or (column H) of all heads of a layer, which is what dividing its threshold does, is multiplied
+    by a value of the grid. u (L, H, T) after `spread`, W (L, H), kept: L tensors (n_sets, S_l), values (L, G, T).
+    """
+    (L, H, T), grid = u.shape, torch.tensor(grid, dtype=torch.float32)
+    s = ckv.head_score(u, W, n_sets)  # (L, n_sets, T)
+    free = ckv.protect(s, budget, window) < torch.inf
+    least = torch.where(mask_of(kept, T) & free, s, torch.inf).amin((1, 2))[:, None]  # (L, 1) the threshold: nothing moves if only protected are kept
+    values = values.view(L, n_sets, -1, T).sum(2)  # (L, G, T) -> (L, n_sets, T)
+    out = torch.empty(2, L, H + 1, len(grid))
+
+    def book(column, over, worth):
+        """over (A, L, N): which entries an action lifts; worth (L, N)."""
+        out[0, :, column], out[1, :, column] = torch.einsum("aln,ln->la", over.float(), worth), over.sum(-1).T
+
+    book(H, ((grid[:, None, None, None] * s >= least[:, :, None]) & free).flatten(2), values.flatten(1))
+    weighted, R = (W[:, :, None] * u).view(L, n_sets, -1, T), H // n_sets  # (L, n_sets, R, T)
     for h in range(H):
-        others = u.clone()
-        others[:, h] = 0
-        g = h * n_sets // H
-        s = others.view(L, n_sets, H // n_sets, -1).amax(2).expand(len(grid), -1, -1, -1).clone()  # (A, L, n_sets, T')
-        s[:, :, g] = torch.maximum(s[:, :, g], grid[:, None, None] * u[:, h])
-        s = s.flatten(2)  # -> (A, L, N)
-        lowest = s.kthvalue(N - min(places, N) + 1, dim=-1, keepdim=True).values  # that finds a place: (A, L, 1)
-        share = (mass * (s >= lowest)).sum(-1)  # (A, L)
-        rewards.append(share - share[neutral])
-    return torch.stack(rewards, -1)
+        g = h // R
+        others = torch.cat((weighted[:, g, :h % R], weighted[:, g, h % R + 1:]), dim=1)  # (L, R - 1, T)
+        mine = free[:, g] & ~(others >= least[:, :, None]).any(1)  # (L, T) entries that this head alone can lift
+        book(h, (grid[:, None, None] * weighted[:, g, h % R] >= least) & mine, values[:, g])
+    return out - out[..., grid.tolist().index(1.0), None]
 
 
-def head_log(samples, name, rule, budget):
-    """The complete log of one budget: reward of every prompt, head (layer by layer) and action, (P, L H, A)."""
-    return np.stack([head_rewards(s, name, rule, budget).flatten(1).T.numpy() for s in samples])
+def random_logs(rng, n, L, G):
+    """Logs of n random tables of a weight for each KV head, (n, L, G), the second half mirror images of the first.
 
-
-def learn_heads(samples, name, rules, budgets, n_layer, n_head):
-    """W_head (budgets, L, H) from the share: every action of every head tried on every prompt. Also the number of experiences."""
-    grid, W, count = np.array(ckv.SETTINGS[name].W_grid), np.ones((len(budgets), n_layer, n_head)), 0
-    neutral = ckv.SETTINGS[name].W_grid.index(1.0)
-    for b, budget in enumerate(budgets):
-        rewards = head_log(samples, name, rules[b], budget)
-        _, states, actions = np.indices(rewards.shape)
-        bandit = EpsilonGreedy(W[b].size, len(grid))
-        bandit.update(states.ravel(), actions.ravel(), rewards.ravel())
-        W[b] = grid[bandit.cautious(neutral)].reshape(n_layer, n_head)
-        count += rewards.size
-    return W, count
-
-
-def perturb(model, samples, name, budgets, shape, n_tables, job_of, rng, progress):
-    """The direction in which the log of a table of this shape should go, one for all budgets, from the loss of random ones.
-
-    A random table multiplies or divides every entry by e^SPREAD, its mirror image does the opposite; only ratios along the last
-    axis are of interest, so that its mean log is 0 there. job_of(budget's number, table) -> a job of `roll_out`. A prompt's rewards
-    at one budget are counted from their mean, in standard deviations, so that no prompt outvotes the others. The direction is
-    what LinUCB's regression of the rewards on the log tables finds, with a standard deviation of 1 over all entries.
+    Every entry goes up or down by 1; only ratios within a layer are of interest, so that its mean is 0 there.
     """
-    logs, rewards = [], []
+    x = rng.choice((-1.0, 1.0), size=(n // 2, L, G))
+    x = np.concatenate((x, -x))
+    return x - x.mean(-1, keepdims=True)
+
+
+def value_log(model, samples, name, rules, tau, budgets, rng, progress):
+    """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H + 1, A) nats a token.
+
+    States and actions: see `moved`. Each is tried around a random W and around its mirror image, and the mean is logged: so it
+    holds in the neighbourhood of W = 1. The price of a place, one for each budget, is what entries are worth on average that the
+    next action above and below moves where every layer takes it: places are limited, and others would fill them.
+    """
+    settings, c, log = ckv.SETTINGS[name], model.config, []
+    n_sets, neutral = settings.n_sets(c.n_kv_head), settings.W_grid.index(1.0)
     for sample in samples:
-        x = SPREAD * rng.choice((-1.0, 1.0), size=(len(budgets), n_tables // 2, *shape))
-        x = np.concatenate((x, -x), axis=1)  # (budgets, n_tables, *shape)
-        x -= x.mean(-1, keepdims=True)
-        jobs = [job_of(b, table) for b, tables in enumerate(np.exp(x)) for table in tables]
-        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), n_tables)
+        for b, budget in enumerate(budgets):
+            pooled, rule = sample.pooled(name, rules[b]), rules[b]
+            for x in random_logs(rng, 2, c.n_layer, c.n_kv_head):
+                W = torch.from_numpy(by_head(np.exp(SPREAD * np.log(settings.W_grid[-1]) * x), c.n_head)).float()
+                kept = ckv.kept_tokens(pooled, W, tau, budget, rule[0], n_sets, settings.cap)
+                log.append(moved(pooled, W, n_sets, budget, rule[0], kept, token_values(model, sample, kept), settings.W_grid).numpy())
+            progress.update(2)
+    log = np.stack(log).reshape(len(samples), len(budgets), 2, *log[0].shape).mean(2, dtype=float)  # (P, budgets, 2, L, H + 1, A)
+    value, count = (log[..., -1, neutral + 1] - log[..., -1, neutral - 1]).sum((0, 3)).T  # (budgets,) each
+    price = value / np.maximum(count, 1)
+    return log[:, :, 0] - price[:, None, None, None] * log[:, :, 1]
+
+
+def direction(log):
+    """How surely the largest action pays more than the smallest, against other states of the last axis: (budgets, ..., S), -1 to 1.
+
+    log (P, budgets, ..., S, A). A prompt's rewards are counted in its own root mean square, so that no prompt outvotes the others;
+    budgets lend each other half of what they saw, those two steps apart a quarter.
+    """
+    r = log[..., -1] - log[..., 0]  # (P, budgets, ..., S)
+    r = r - r.mean(-1, keepdims=True)
+    states = tuple(range(2, r.ndim))
+    square = np.square(r).mean(states, keepdims=True)
+    r = r / (np.sqrt(square) + 0.3 * np.sqrt(square.mean(0)) + 1e-12)  # a prompt with little at stake counts less
+    b = np.arange(r.shape[1])
+    r = np.einsum("bc,pc...->pb...", 0.5 ** np.abs(b[:, None] - b), r)
+    bandit = EpsilonGreedy(r[0].size, 1)
+    bandit.update(np.tile(np.arange(r[0].size), len(r)), 0, r.ravel())
+    step = bandit.confidence().reshape(r.shape[1:])
+    return step - step.mean(-1, keepdims=True)
+
+
+def by_head(x, n_head):
+    """One weight for each KV head, (..., G), as one for each of its query heads: (..., H)."""
+    return np.repeat(x, n_head // x.shape[-1], axis=-1)
+
+
+def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
+    """The direction (L, H) in which log W_head should go, one for all budgets and for the query heads of a KV head, from real losses.
+
+    Random tables are rolled out under the thresholds tau. A prompt's rewards at one budget are counted from their mean, in standard
+    deviations, so that no prompt outvotes the others. The direction is what LinUCB's regression of the rewards on the log tables
+    finds, with a standard deviation of 1 over all entries.
+    """
+    c, logs, rewards = model.config, [], []
+    for sample in samples:
+        x = SPREAD * np.stack([random_logs(rng, HEAD_TABLES, c.n_layer, c.n_kv_head) for _ in budgets])  # (budgets, HEAD_TABLES, L, G)
+        jobs = [(rules[b], by_head(np.exp(log), c.n_head), tau, budget) for b, budget in enumerate(budgets) for log in x[b]]
+        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, HEAD_TABLES)
         logs.append(x.reshape(r.size, -1))
         rewards.append(((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE)).ravel())
         progress.update(r.size)
     rewards = np.concatenate(rewards)  # (N,)
     bandit = LinUCB(np.concatenate(logs), 1)  # one action: use the table; its log is the context
     bandit.update(np.arange(len(rewards)), np.zeros(len(rewards), dtype=int), rewards)
-    step = bandit.theta()[0].reshape(shape)
+    step = by_head(bandit.theta()[0].reshape(c.n_layer, c.n_kv_head), c.n_head)
     return step / (step.std() + 1e-12)
 
 
-def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
-    """The direction (L, H) of log W_head: one weight for the query heads of each KV head. tau: see `learn_tables`."""
-    L, G = model.config.n_layer, model.config.n_kv_head
-    by_head = lambda x: x.repeat(model.config.n_head // G, axis=1)  # (L, G) -> (L, H)
-    return by_head(perturb(model, samples, name, budgets, (L, G), HEAD_TABLES,
-                           lambda b, W: (rules[b], by_head(W), tau, budgets[b]), rng, progress))
+def learn_tables(model, samples, logs, name, rules, tau, budgets, rng, progress):
+    """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
+
+    logs: of the two halves, see `value_log`. Also the rank agreement of the two halves for each reward.
+    """
+    heads, grid = [log[..., :-1, :] for log in logs], ckv.SETTINGS[name].W_grid  # (P, budgets, L, H, A)
+    if ckv.SETTINGS[name].scope != "head":  # the paper's reading: a head has the action that clearly pays, or 1
+        tables = []
+        for half in heads:
+            bandit = EpsilonGreedy(half[0, ..., 0].size, len(grid))
+            states, actions = np.indices((len(bandit.visits), len(grid)))
+            bandit.update(*(np.tile(x.ravel(), len(half)) for x in (states, actions)), half.ravel())
+            tables.append(np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(half.shape[1:-1]))
+        return {"W = 1": tuple(map(np.ones_like, tables)), "value": tuple(tables)}, {"value": evaluation.rank_correlation(*map(np.ravel, tables))}
+    value = [direction(half) for half in heads]  # (budgets, L, H)
+    loss = [perturb_heads(model, half, name, rules, tau, budgets, rng, progress) for half in halves(samples)]  # (L, H)
+    agree = {what: evaluation.rank_correlation(*map(np.ravel, steps)) for what, steps in (("value", value), ("loss", loss))}
+    named = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
+    return {named(x, y): tuple(np.exp(x * v + y * r) for v, r in zip(value, loss)) for x, y in HEAD_STEPS}, agree
 
 
-def learn_layers(model, samples, name, rules, W, budgets, rng, progress):
+def learn_layers(model, samples, logs, name, rules, W, budgets, progress):
     """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence.
 
-    The direction of their log comes from the loss, on each half of the corpus; how far it goes at each budget is decided by the
+    The direction of their log comes from the value, on each half of the corpus; how far it goes at each budget is decided by the
     prompts of the other half, which may leave one threshold for all layers (0).
     """
     lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
     if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
         return np.ones((len(budgets), L)), {}
-    job = lambda b, factor: (rules[b], W[b], lowest * factor, budgets[b])
-    steps = [perturb(model, half, name, budgets, (L,), LAYER_TABLES, job, rng, progress) for half in halves(samples)]
-    chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS,
-                             lambda i, b, x: job(b, np.exp(x * steps[1 - half_of(i)])), progress)
-    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*steps),
+    steps = [-direction(log[..., -1, :]) for log in logs]  # (budgets, L): a lower threshold is a larger weight
+    chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS, lambda i, b, x: (
+        rules[b], W[b], lowest * np.exp(x * steps[1 - half_of(i)][b]), budgets[b]), progress)
+    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*map(np.ravel, steps)),
                 "held_out_dnll_by_layers": named(budgets, LAYER_STEPS, rewards),
                 "layers": {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}}
     return np.exp(np.array(LAYER_STEPS)[chosen, None] * np.mean(steps, 0)), evidence
@@ -264,7 +346,7 @@ def draw_learners(curves, budget, path):
     for name, (regret, held_out) in curves.items():
         if regret is not None:
             axis.plot(np.arange(1, len(regret) + 1), regret, label=f"{name} (held-out reward {held_out:+.4f})")
-    axis.set(xlabel="calibration prompts", ylabel="cumulative regret, shares of a layer's mass, all heads",
+    axis.set(xlabel="calibration prompts", ylabel="cumulative regret, nats a token to first order, all heads",
              title=f"Learners of W_head on one stream, budget {budget}")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -364,23 +446,6 @@ def halves(samples):
     return [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
 
 
-def learn_tables(model, samples, name, rules, tau, budgets, rng, progress):
-    """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
-
-    tau: the thresholds (L,) under which tables are rolled out, or None. Also how many experiences of heads there were, and the
-    rank agreement of the two halves for each reward.
-    """
-    L, H = model.config.n_layer, model.config.n_head
-    (share, other), counts = zip(*(learn_heads(half, name, rules, budgets, L, H) for half in halves(samples)))
-    agree = {f"share, {budget}": evaluation.rank_correlation(x.ravel(), y.ravel()) for budget, x, y in zip(budgets, share, other)}
-    learned = {"W = 1": (np.ones_like(share),) * 2, **{f"share^{x:g}": (share ** x, other ** x) for x in SHARE_POWERS}}
-    if ckv.SETTINGS[name].scope == "head":  # the paper's grid, at most 1.5, is too narrow for the loss to tell its actions apart
-        steps = [perturb_heads(model, half, name, rules, tau, budgets, rng, progress) for half in halves(samples)]
-        agree["loss"] = evaluation.rank_correlation(*(x.ravel() for x in steps))
-        learned |= {f"loss {x:g}": tuple(np.tile(np.exp(x * step), (len(budgets), 1, 1)) for step in steps) for x in LOSS_STEPS}
-    return learned, sum(counts), agree
-
-
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
@@ -394,17 +459,22 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
-        learned, evidence["head_experiences"], evidence["rank_agreement_of_halves"] = \
-            learn_tables(model, samples, name, rules, even, budgets, rng, progress)
+        threshold = None if even is None else torch.from_numpy(even).float()
+        logs = [value_log(model, half, name, rules, threshold, budgets, rng, progress) for half in halves(samples)]
+        evidence["head_experiences"] = sum(log[..., :-1, :].size for log in logs)
+        learned, agree = learn_tables(model, samples, logs, name, rules, even, budgets, rng, progress)
         chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
                                  lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], even, budgets[b]), progress, cautious=True)
         tables = [list(learned)[i] for i in chosen]
         W = np.stack([np.sqrt(learned[table][0][b] * learned[table][1][b]) for b, table in enumerate(tables)])
         evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, learned, rewards), dict(zip(map(str, budgets), tables))
+        shipped = {str(budget): evaluation.rank_correlation(*(half[b].ravel() for half in learned[table]))
+                   for b, (budget, table) in enumerate(zip(budgets, tables)) if table != "W = 1"}
+        evidence["rank_agreement_of_halves"] = agree | shipped
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        layers, more = learn_layers(model, samples, name, rules, W, budgets, rng, progress)
+        layers, more = learn_layers(model, samples, logs, name, rules, W, budgets, progress)
         evidence |= more
         for budget, row in more.get("held_out_dnll_by_layers", {}).items():
             say(f"{name}, budget {budget}: thresholds of layers, strength {more['layers'][budget]:g}; held-out dNLL "
@@ -418,7 +488,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (head_log(half, name, rules[b], budgets[b]) for half in halves(samples))
+        log, held_out = (half[:, b, :, :-1].reshape(len(half), -1, half.shape[-1]) for half in logs)  # (P, L H, A)
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
             for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}
