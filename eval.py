@@ -291,29 +291,30 @@ def look_ahead(model, observation, cache, ids):
     return dataclasses.replace(observation, answer=received[..., :-len(ids)])
 
 
-def gated_share(kept, budget, cap, n_tokens):
-    """Share of the layers whose size a gate set, not a clamp: they keep less than they may, and all together less than all may.
-
-    Where layers compete it counts too many: also a layer that others outbid, when some other drops a part of its safe half.
-    """
-    sizes = ckv.tokens_kept(kept)  # (L,)
-    return float((sizes < min(cap * budget, n_tokens)).mean()) if sizes.mean() < min(budget, n_tokens) else 0.0
+def uncut(tables):
+    """These tables with thresholds that every token reaches, so that only their ratios over layers are left. None stays None."""
+    if tables is None:
+        return None
+    lowest = lambda T: 1e-5 * T / T.max(1, keepdims=True).clip(1e-5)  # of (budgets, L, 20, 4); the highest of a state's becomes 1e-5
+    return dataclasses.replace(tables, compiled={name: dataclasses.replace(c, T_gate=lowest(c.T_gate)) for name, c in tables.compiled.items()})
 
 
 def compress(model, policies, budgets, observation, cache, ids, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
-    ids: the tokens to come, which only hindsight sees. gated: see `gated_share`. Caches with a KV head that keeps more than four
+    ids: the tokens to come, which only hindsight sees. gated: the share of layers whose size a gate set, not a clamp: without its cut
+    they keep more; 0 of policies that have no gate. Caches with a KV head that keeps more than four
     times the largest budget make a batch of their own, because they would pad all others.
     """
     if "hindsight" in policies:
         observation = look_ahead(model, observation, cache, ids)
-    parts, widest = {False: ([], []), True: ([], [])}, 4 * max(budgets)
+    parts, widest, reached = {False: ([], []), True: ([], [])}, 4 * max(budgets), uncut(tables)
     for policy, budget in itertools.product(policies, budgets):
         start = clock(model.device)
         kept = ckv.select(policy, observation, cache, budget, tables)
-        seconds, cap = clock(model.device) - start, ckv.SETTINGS[policy].cap if policy in ckv.SETTINGS else 1
-        gated = gated_share(kept, budget, cap, observation.n_tokens)
+        seconds, gated = clock(model.device) - start, 0.0
+        if policy in ckv.SETTINGS:
+            gated = float((ckv.tokens_kept(kept) < ckv.tokens_kept(ckv.select(policy, observation, cache, budget, reached))).mean())
         jobs, sets = parts[max(k.shape[1] for k in kept) > widest]
         jobs.append((policy, budget, gated, seconds))
         sets.append(kept)

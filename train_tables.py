@@ -129,33 +129,31 @@ def token_values(model, sample, kept):
     the kept set alone, and times the gradient of the loss the entry's effect. Its own share is within o if it is kept already.
     """
     c, ids, T = model.config, sample.continuation, sample.cache.length[0]
-    n, values = len(ids) - 1, torch.zeros(c.n_layer, c.n_kv_head, T)
+    n, G, D, values = len(ids) - 1, c.n_kv_head, c.head_dim, torch.zeros(c.n_layer, c.n_kv_head, T)
     if n == 0:  # the one token is predicted by the prompt's own logits
         return values
-    # The full cache, evicted entries hidden: they are not seen, but their keys and values are at hand.
-    slots = torch.where(mask_of(kept, T), torch.arange(T), -1).expand(-1, c.n_kv_head, -1).to(model.device)  # (L, G, T)
-    cache = KVCache(*([x[:, :, :T] for x in part] for part in (sample.cache.k, sample.cache.v)), slots[:, None], sample.cache.next_position)  # L slots (1, G, T)
-    positions = cache.next_position[:, None] + torch.arange(n, device=model.device)  # (1, n)
+    small = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
+    positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
     x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
     for l, block in enumerate(model.blocks):  # as in Model.forward, but nothing is written over: the way back needs it
-        y, q = model.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), cache, positions, cos, sin)
+        y, q = model.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin)
         y.retain_grad()
-        layers.append((y, q.detach()))
+        layers.append((y, q[0].detach() / D ** 0.5))
         gate, up = linear(rms_norm(x + y, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
         x = x + y + linear(F.silu(gate) * up, block.down)
     logits = model.logits(rms_norm(x, model.norm, c.norm_eps))[0]  # (n, V)
     (F.cross_entropy(logits, torch.tensor(ids[1:], device=model.device), reduction="sum") / len(ids)).backward()
-    future = torch.ones(n, n, dtype=torch.bool, device=model.device).triu(1)
+    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])  # (H, n, D), (G, S, D) -> (G, R, n, S)
     for l, (y, q) in enumerate(layers):
-        k, v, slots = (part[0].detach() for part in cache.layer(l))  # (G, T + n, D) twice, (G, T + n)
-        slope = linear(y.grad[0], model.blocks[l].out.T).view(n, c.n_head, -1).transpose(0, 1)  # d loss / d o: (n, E) -> (H, n, D)
-        along = lambda rows, x: (rows.reshape(c.n_kv_head, -1, c.head_dim) @ x.transpose(1, 2)).float().view(c.n_kv_head, -1, n, T + n)
-        z, effect = along(q[0], k) / c.head_dim ** 0.5, along(slope, v)  # (G, R, n, T + n) each, with R query heads to a KV head
-        z[..., T:].masked_fill_(future, -torch.inf)
-        seen = z.masked_fill((slots < 0)[:, None, None], -torch.inf)
-        effect -= (torch.softmax(seen, -1) * effect).sum(-1, keepdim=True)  # slope v - slope o
-        values[l] = -(torch.sigmoid(z - seen.logsumexp(-1, keepdim=True)) * effect).sum((1, 2))[:, :T].cpu()  # -> (G, T)
+        slope = linear(y.grad[0], model.blocks[l].out.T).view(n, c.n_head, D).transpose(0, 1)  # d loss / d o: (n, E) -> (H, n, D)
+        k, v, slots = (part[0].detach() for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
+        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
+        z = along(q, k).masked_fill_(~seen, -torch.inf)
+        o = (torch.softmax(z, -1) * along(slope, v)).sum(-1, keepdim=True)  # slope o: (G, R, n, 1)
+        k, v, _ = (part[0] for part in sample.cache.layer(l))  # of all: (G, T, D)
+        joins = along(q, k).sub_(z.logsumexp(-1, keepdim=True)).sigmoid_()  # (G, R, n, T)
+        values[l] = -joins.mul_(along(slope, v).sub_(o)).sum((1, 2)).cpu()  # -> (G, T)
     return values
 
 
@@ -187,33 +185,31 @@ def moved(u, W, n_sets, budget, window, kept, values, grid):
 
 
 def random_logs(rng, n, L, G):
-    """Logs of n random tables of a weight for each KV head, (n, L, G), the second half mirror images of the first.
+    """Logs of n random tables of a weight for each KV head, (n, L, G): every entry goes up or down by SPREAD.
 
-    Every entry goes up or down by 1; only ratios within a layer are of interest, so that its mean is 0 there.
+    Only ratios within a layer are of interest, so that the mean is 0 there.
     """
-    x = rng.choice((-1.0, 1.0), size=(n // 2, L, G))
-    x = np.concatenate((x, -x))
+    x = SPREAD * rng.choice((-1.0, 1.0), size=(n, L, G))
     return x - x.mean(-1, keepdims=True)
 
 
 def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H + 1, A) nats a token.
 
-    States and actions: see `moved`. Each is tried around a random W and around its mirror image, and the mean is logged: so it
-    holds in the neighbourhood of W = 1. The price of a place, one for each budget, is what entries are worth on average that the
+    States and actions: see `moved`. A prompt tries them around a random W for each budget, so that the log holds in the
+    neighbourhood of W = 1, not only there. The price of a place, one for each budget, is what entries are worth on average that the
     next action above and below moves where every layer takes it: places are limited, and others would fill them.
     """
     settings, c, log = ckv.SETTINGS[name], model.config, []
     n_sets, neutral = settings.n_sets(c.n_kv_head), settings.W_grid.index(1.0)
     for sample in samples:
-        for b, budget in enumerate(budgets):
-            pooled, rule = sample.pooled(name, rules[b]), rules[b]
-            for x in random_logs(rng, 2, c.n_layer, c.n_kv_head):
-                W = torch.from_numpy(by_head(np.exp(SPREAD * np.log(settings.W_grid[-1]) * x), c.n_head)).float()
-                kept = ckv.kept_tokens(pooled, W, tau, budget, rule[0], n_sets, settings.cap)
-                log.append(moved(pooled, W, n_sets, budget, rule[0], kept, token_values(model, sample, kept), settings.W_grid).numpy())
-            progress.update(2)
-    log = np.stack(log).reshape(len(samples), len(budgets), 2, *log[0].shape).mean(2, dtype=float)  # (P, budgets, 2, L, H + 1, A)
+        reach = np.log(settings.W_grid[-1])  # the grid's widest step
+        for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
+            W, u = torch.from_numpy(by_head(np.exp(reach * x), c.n_head)).float(), sample.pooled(name, rules[b])  # (L, H), (L, H, T)
+            kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
+            log.append(moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid).numpy())
+        progress.update(len(budgets))
+    log = np.stack(log).astype(float).reshape(len(samples), len(budgets), *log[0].shape)  # (P, budgets, 2, L, H + 1, A)
     value, count = (log[..., -1, neutral + 1] - log[..., -1, neutral - 1]).sum((0, 3)).T  # (budgets,) each
     price = value / np.maximum(count, 1)
     return log[:, :, 0] - price[:, None, None, None] * log[:, :, 1]
@@ -252,7 +248,8 @@ def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
     """
     c, logs, rewards = model.config, [], []
     for sample in samples:
-        x = SPREAD * np.stack([random_logs(rng, HEAD_TABLES, c.n_layer, c.n_kv_head) for _ in budgets])  # (budgets, HEAD_TABLES, L, G)
+        x = random_logs(rng, len(budgets) * HEAD_TABLES // 2, c.n_layer, c.n_kv_head).reshape(len(budgets), -1, c.n_layer, c.n_kv_head)
+        x = np.concatenate((x, -x), axis=1)  # with mirror images: (budgets, HEAD_TABLES, L, G)
         jobs = [(rules[b], by_head(np.exp(log), c.n_head), tau, budget) for b, budget in enumerate(budgets) for log in x[b]]
         r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, HEAD_TABLES)
         logs.append(x.reshape(r.size, -1))
@@ -282,8 +279,8 @@ def learn_tables(model, samples, logs, name, rules, tau, budgets, rng, progress)
     value = [direction(half) for half in heads]  # (budgets, L, H)
     loss = [perturb_heads(model, half, name, rules, tau, budgets, rng, progress) for half in halves(samples)]  # (L, H)
     agree = {what: evaluation.rank_correlation(*map(np.ravel, steps)) for what, steps in (("value", value), ("loss", loss))}
-    named = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
-    return {named(x, y): tuple(np.exp(x * v + y * r) for v, r in zip(value, loss)) for x, y in HEAD_STEPS}, agree
+    title = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
+    return {title(x, y): tuple(np.exp(x * v + y * r) for v, r in zip(value, loss)) for x, y in HEAD_STEPS}, agree
 
 
 def learn_layers(model, samples, logs, name, rules, W, budgets, progress):

@@ -170,6 +170,16 @@ def test_the_order_of_experience_does_not_matter_and_visits_count(seed):
         assert all(once.visits[s, a] == ((states == s) & (actions == a)).sum() for s, a in np.ndindex(3, 5))
 
 
+def test_confidence_is_the_odds_of_a_mean_above_zero():
+    """Guards against a sign, a spread that is not that of the mean, and a state without experience or without spread."""
+    bandit, rewards = EpsilonGreedy(4, 1), np.random.default_rng(0).normal(0.2, 1, 50)
+    for state, some in enumerate((rewards, -rewards, np.zeros(5))):
+        bandit.update(np.full(len(some), state), np.zeros(len(some), dtype=int), some)
+    t = rewards.mean() / (rewards.std() / math.sqrt(50))
+    up = 1 / (1 + math.exp(-t))  # logistic probability that the mean is above 0
+    assert bandit.confidence()[:, 0] == pytest.approx([2 * up - 1, 1 - 2 * up, 0, 0])
+
+
 def test_a_cautious_choice_needs_more_than_luck():
     """Guards against one lucky experience that outweighs the action known to be neutral, and against caution without end."""
     bandit = EpsilonGreedy(3, 3)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from eval import (DEFAULT_DATA, GOLD, TASKS, all_found, classification, code_written, edit_similarity, encode, gated_share, interval, lcs,
+import compilerkv as ckv
+from eval import (DEFAULT_DATA, GOLD, TASKS, all_found, classification, code_written, edit_similarity, compress, encode, interval, lcs,
                   line_written, normalise, number_share, protocol_tables, rank_correlation, read_records, resamples, risk_report,
-                  rouge_l, score, summarise, token_f1, worst_tenth)
+                  rouge_l, score, summarise, token_f1, uncut, worst_tenth)
 from helpers import assert_one_line, gguf_meta
 from model import Tokenizer, UserError
+from test_compilerkv import H, L, random_prompt
 
 torch.set_num_threads(1)
 
@@ -235,15 +237,20 @@ def test_risk_report_sees_a_signal_within_tasks_only_where_there_is_one():
     assert report["perplexity"] == {"spearman": None, "within": None, "dnll_by_quarter": [None] * 4}  # a signal that never moves
 
 
-@pytest.mark.parametrize("sizes, budget, cap, n_tokens, expected", [
-    ((40, 50, 50), 50, 1, 99, 1 / 3), ((50, 50, 50), 50, 1, 99, 0),     # a layer with room that it does not use
-    ((60, 99, 30), 50, 2, 99, 0), ((20, 30, 99), 50, 2, 99, 2 / 3),     # layers compete: what clamps is the sum, or the cap of one
-    ((20, 20, 100), 50, 2, 999, 2 / 3), ((30, 40, 40), 50, 2, 40, 1 / 3),  # no layer has more than all tokens
+@pytest.mark.parametrize("policy, thresholds, expected", [
+    ("compilerkv-paper", (1e9, 0.0, 0.0), 1 / 3), ("compilerkv-paper", (0.0, 0.0, 0.0), 0),  # nothing reaches it, or all do
+    ("compilerkv", (1e-4, 1e-4, 1e-4), 0), ("compilerkv", (1e9, 1e9, 1e9), 1), ("snapkv", (1e9, 1e9, 1e9), 0),
+    ("compilerkv", (1e-4, 1e-2, 1e-2), 0), ("compilerkv", (1e-4, 1e-2, 1e9), 1 / 3),  # layer 1 has its safe half: layer 0 outbids it
 ])
-def test_the_gate_is_credited_with_the_sizes_that_no_clamp_set(sizes, budget, cap, n_tokens, expected):
-    """Guards against a clamp's work that is reported as the gate's."""
-    kept = [torch.tensor([list(range(n)), list(range(n))]) for n in sizes]
-    assert gated_share(kept, budget, cap, n_tokens) == pytest.approx(expected)
+def test_the_gate_is_credited_with_the_sizes_that_no_clamp_set(policy, thresholds, expected):
+    """Guards against a clamp's work, or that of other layers which outbid one, that is reported as the gate's."""
+    observation, cache = random_prompt(2, T=150)
+    T_gate = np.array(thresholds)[None, :, None, None] * np.ones((1, 1, 20, 4))
+    compiled = {name: ckv.Compiled(np.array([s.rules[0]], dtype=float), np.ones((1, L, H)), T_gate, np.arange(19.0), np.arange(3.0))
+                for name, s in ckv.SETTINGS.items()}
+    [(jobs, _)] = compress(None, [policy], (80,), observation, cache, [], ckv.Tables(np.array([80]), "", compiled, np.ones((L, H))))
+    assert [job[:3] for job in jobs] == [(policy, 80, pytest.approx(expected))]
+    assert uncut(None) is None
 
 
 # ------------------------------------------------------------------------------------------------- files and encoding

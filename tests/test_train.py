@@ -18,44 +18,6 @@ CONFIG = Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_ff=24
 RULES = {"compilerkv": (16, 1), "compilerkv-paper": (64, 1)}  # no pool, so that no scores tie
 
 
-def sample(seed, T=150):
-    """A calibration prompt of random tensors, with random needs."""
-    observation, cache = random_prompt(seed, T=T)
-    mass = torch.rand(L, G, T, generator=torch.Generator().manual_seed(seed))
-    mass[..., :ckv.SINKS] = 0
-    mass[..., T - 8:] = 0
-    u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
-    return train_tables.Sample(u, {}, mass / mass.sum((1, 2), keepdim=True), None, cache, None, [], 0.0)
-
-
-def share_kept(s, name, W, tau, budget):
-    """Share of each layer's mass on the set that `kept_tokens` keeps, protected tokens left out: (L,)."""
-    n_sets = 1 if ckv.SETTINGS[name].shared else G
-    rule = RULES[name]
-    kept = ckv.kept_tokens(s.pooled(name, rule), W, tau, budget, rule[0], n_sets, ckv.SETTINGS[name].cap)
-    mass, (T, window) = s.mass.clone(), (s.mass.shape[-1], min(rule[0], budget - ckv.SINKS))
-    mass[..., T - window:] = 0
-    rows = [[mass[l, g][row[row >= 0]].sum() for g, row in enumerate(kept[l].expand(G, -1))] for l in range(L)]
-    return torch.tensor(rows).sum(1)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_the_reward_of_a_head_is_the_mass_that_its_action_keeps(name):
-    """Guards against a fast path that ranks or protects in another way than the method, and against the wrong head."""
-    s, budget, grid = sample(1), 90, ckv.SETTINGS[name].W_grid
-    W, rewards = torch.ones(L, H), train_tables.head_rewards(s, name, RULES[name], budget)
-    neutral = int(np.abs(np.log(grid)).argmin())
-    assert rewards.shape == (len(grid), L, H) and not rewards[neutral].any() and rewards.any()
-    for h in range(H):
-        shares = []
-        for action in (neutral, 0, len(grid) - 1):
-            changed = W.clone()
-            changed[:, h] = grid[action]
-            shares.append(share_kept(s, name, changed, None, budget))
-        assert torch.allclose(rewards[0, :, h], shares[1] - shares[0], atol=1e-5)
-        assert torch.allclose(rewards[-1, :, h], shares[2] - shares[0], atol=1e-5)
-
-
 def tiny_prefill(model, seed, T=150):
     """Logits, cache and observation of random tokens."""
     tokens = torch.randint(CONFIG.vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -69,24 +31,120 @@ def tiny_sample(seed, risk=(3.0, 5.0)):
     u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
     continuation, risks = [5, 9, 2], dict.fromkeys(RULES, risk)
     loss = model.nll(cache, logits, continuation).item()
-    return model, train_tables.Sample(u, risks, None, None, cache, logits, continuation, loss)
+    return model, train_tables.Sample(u, risks, None, cache, logits, continuation, loss)
 
 
-def test_a_prompts_needs_are_what_its_continuation_attends_to():
-    """Guards against needs of the mean query, of protected tokens, of other heads' values, and against a cache left longer."""
+def test_a_head_retrieves_as_much_as_its_continuation_looks_back():
+    """Guards against attention on protected tokens, of other queries than the continuation's, and a cache left longer."""
     model = random_model(CONFIG, 1)
     model.tokenizer = SimpleNamespace(encode=lambda text, begin=True: [int(word) for word in text.split()])
     tokens, n = torch.randint(CONFIG.vocab_size, (120,), generator=torch.Generator().manual_seed(3)).tolist(), 7
     text, continuation = (" ".join(map(str, part)) for part in (tokens[:-n], tokens[-n:]))
     s = train_tables.collect(model, {"id": "x", "chat": False, "prompt": text, "continuation": continuation})
-    T, R = len(tokens) - n, CONFIG.n_head // CONFIG.n_kv_head
+    T = len(tokens) - n
     _, _, seen = model.prefill(tokens, n)  # both parts as one prompt
-    needed = torch.stack([A[..., :T].float() for A in seen.attention])  # (L, H, n, T)
-    mass = torch.stack([needed[:, g * R:(g + 1) * R].amax(2).sum(1) for g in range(CONFIG.n_kv_head)], 1)  # (L, G, T)
-    mass = mass * ckv.value_norm(model.prefill(tokens[:T], 1)[1])
-    mass[..., :ckv.SINKS] = mass[..., T - 16:] = 0
-    assert torch.allclose(s.mass, mass / mass.sum((1, 2), keepdim=True), atol=1e-5) and s.cache.length == [T] * CONFIG.n_layer
-    assert torch.allclose(s.looks_back, needed[..., ckv.SINKS:T - 16].sum(-1).mean(2), atol=1e-5)
+    attention = torch.stack([A[..., :T].float() for A in seen.attention])  # (L, H, n, T)
+    assert torch.allclose(s.looks_back, attention[..., ckv.SINKS:T - 16].sum(-1).mean(2), atol=1e-5) and s.cache.length == [T] * CONFIG.n_layer
+
+
+def loss_of(model, s, mask):
+    """Loss of the tokens behind the first, in shares of the whole continuation, when a mask (L, G, T) of entries is kept."""
+    small = ckv.evict(s.cache, ckv.positions_of(mask))
+    return model.nll(small, s.logits, s.continuation).item()
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
+    """Guards against a sign, another layer, KV head or token, a continuation that sees its future, and evicted entries that are seen."""
+    model, s = tiny_sample(3)
+    L, G, T = CONFIG.n_layer, CONFIG.n_kv_head, s.cache.length[0]
+    s.continuation = [5, 9, 2, 31, 14]
+    mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < 0.2
+    kept, before = ckv.positions_of(mask), [k.clone() for k in s.cache.k]
+    values, mask = train_tables.token_values(model, s, kept), mask.expand(-1, G, -1).clone()
+    assert all(map(torch.equal, before, s.cache.k)) and s.cache.length == [T] * L and not s.cache.k[0].requires_grad  # the cache is as it was
+    base, gained, lost = loss_of(model, s, mask), [], []
+    for l, g in np.ndindex(L, G):
+        for keeps, booked in (False, gained), (True, lost):
+            some = (mask[l, g] == keeps).nonzero()[:, 0]
+            for t in some[values[l, g, some].abs().argsort(descending=True)[:4]].tolist():  # the largest effects
+                other = mask.clone()
+                other[l, g, t] = not keeps
+                booked.append((values[l, g, t].item(), (base - loss_of(model, s, other)) * (-1 if keeps else 1)))
+    gained, lost = np.array(gained), np.array(lost)
+    assert np.abs(gained[:, 1]).min() > 1e-4 and np.allclose(*gained.T, rtol=0.35, atol=3e-4) and np.corrcoef(gained.T)[0, 1] > 0.98
+    assert np.corrcoef(lost.T)[0, 1] > 0.95  # an entry that leaves hands its share to the others: a little more than to first order
+    s.continuation = [5]
+    assert not train_tables.token_values(model, s, kept).any()  # predicted by the prompt's own logits
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_action_moves_what_its_weight_lifts_over_the_threshold(name):
+    """Guards against another head or layer, an entry that is counted though another head holds it, and protected ones that move."""
+    observation, cache = random_prompt(1, T=150)
+    rule, budget, n_sets, grid = RULES[name], 90, ckv.SETTINGS[name].n_sets(G), ckv.SETTINGS[name].W_grid
+    u, W = ckv.utility(observation, cache, ckv.SETTINGS[name], rule[0]), torch.rand(L, H, generator=torch.Generator().manual_seed(1)) + 0.5
+    values = torch.randn(L, G, 150, generator=torch.Generator().manual_seed(2))
+    kept = ckv.kept_tokens(u, W, None, budget, rule[0], n_sets, 1)
+    found = train_tables.moved(u, W, n_sets, budget, rule[0], kept, values, grid)  # (2, L, H + 1, A)
+    scores = lambda weights: ckv.protect(ckv.head_score(u, weights, n_sets), budget, rule[0])
+    least = [scores(W)[l][train_tables.mask_of(kept, 150)[l]].min() for l in range(L)]  # what the lowest kept entry scores
+    assert found.shape == (2, L, H + 1, len(grid)) and not found[..., grid.index(1.0)].any()
+    worth = values.view(L, n_sets, -1, 150).sum(2)
+    for l, h, a in np.ndindex(L, H + 1, len(grid)):
+        changed = W.clone()
+        changed[l, h if h < H else slice(None)] *= grid[a]
+        step = ((scores(changed)[l] >= least[l]).float() - (scores(W)[l] >= least[l]).float())
+        assert found[1, l, h, a] == step.sum() and torch.isclose(found[0, l, h, a], (step * worth[l]).sum(), atol=1e-4)
+    assert (found[1, :, :, -1] >= 0).all() and found[1, :, H, -1].min() > 0 > found[1, :, H, 0].max()
+
+
+def test_a_layer_that_keeps_only_protected_entries_moves_nothing():
+    """Guards against a threshold of minus infinity, under which everything would be lifted."""
+    observation, cache = random_prompt(1, T=150)
+    u = ckv.utility(observation, cache, ckv.OURS, 16)
+    kept = ckv.kept_tokens(u, torch.ones(L, H), torch.full((L,), 1e9), 90, 16, G, 2)
+    found = train_tables.moved(u, torch.ones(L, H), G, 90, 16, kept, torch.ones(L, G, 150), ckv.OURS.W_grid)
+    assert not found.any()
+
+
+def test_the_log_charges_for_places(monkeypatch):
+    """Guards against heads that are paid for the tokens that they add, a price of another budget, and tables that are not random."""
+    model, s = tiny_sample(5)
+    L, H, A, seen = CONFIG.n_layer, CONFIG.n_head, len(ckv.OURS.W_grid), []
+
+    def moved(u, W, n_sets, budget, window, kept, values, grid):
+        seen.append((budget, W.log()))
+        out = torch.zeros(2, L, H + 1, A)
+        out[1] = 3 * (torch.arange(A) - A // 2)     # every action moves 3 entries a step,
+        out[0] = out[1] * (2 if budget == 60 else 5)  # of value 2, or 5 at the other budget,
+        out[0, 1, 2] *= 2  # but head 2 of layer 1 brings better ones
+        return out
+
+    monkeypatch.setattr(train_tables, "moved", moved)
+    log = train_tables.value_log(model, [s] * 3, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
+                                 np.random.default_rng(0), tqdm(disable=True))
+    assert log.shape == (3, 2, L, H + 1, A)
+    expected = np.zeros_like(log)
+    expected[:, 0, 1, 2], expected[:, 1, 1, 2] = 2 * 3 * (np.arange(A) - A // 2), 5 * 3 * (np.arange(A) - A // 2)
+    assert np.allclose(log, expected)
+    assert [budget for budget, _ in seen] == [60, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) == 6
+    assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
+    assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
+
+
+def test_a_direction_is_how_surely_a_larger_weight_pays():
+    """Guards against a sign, a loud prompt that outvotes the others, and states that are not weighed against those of their layer."""
+    rng, P = np.random.default_rng(0), 40
+    slope = np.array([[1.0, 0.0, -1.0, 0.0], [5.0, 5.0, 5.0, 5.0]]) + 0.5 * rng.standard_normal((P, 1, 2, 4))  # (P, 1, L, S)
+    slope[0] *= -1000
+    log = slope[..., None] * np.array([-1.0, 0, 1])
+    step = train_tables.direction(log)
+    assert step.shape == (1, 2, 4) and np.allclose(step.mean(-1), 0)
+    assert step[0, 0, 0] > 0.9 and step[0, 0, 2] < -0.9 and np.abs(step[0, 0, 1::2]).max() < 0.9
+    assert np.array_equal(train_tables.direction(0 * log), np.zeros((1, 2, 4)))
+    two = np.stack((log[:, 0], 0 * log[:, 0]), axis=1)  # a budget that saw nothing follows its neighbour
+    assert np.sign(train_tables.direction(two)[1, 0, [0, 2]]).tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("rule", ckv.OURS.rules)
@@ -110,19 +168,35 @@ def test_a_roll_out_is_the_loss_of_what_select_keeps(rule):
         model.nll(small, s.logits, s.continuation).item(), abs=1e-5)
 
 
-def test_heads_take_the_action_that_clearly_pays(monkeypatch):
-    """Guards against weights that land on other heads or layers, and against luck that moves a head from W = 1."""
-    grid, shape = np.array(ckv.OURS.W_grid), (CONFIG.n_layer, CONFIG.n_head)
-    neutral, best = ckv.OURS.W_grid.index(1.0), np.arange(np.prod(shape)) % len(grid)  # another action for every head
+def test_heads_take_the_action_that_clearly_pays():
+    """Guards against weights that land on other heads or layers, and against luck that moves a head from W = 1 (the paper's reading)."""
+    grid, shape = np.array(ckv.PAPER.W_grid), (CONFIG.n_layer, CONFIG.n_head)
+    neutral, best = ckv.PAPER.W_grid.index(1.0), np.arange(np.prod(shape)) % len(grid)  # another action for every head
     pays = np.full((8, best.size, len(grid)), -1.0)
     pays[:, np.arange(best.size), best] = 0.5
     pays[:, 0] = np.where(np.arange(8) % 2, 0.9, -0.8)[:, None]  # of head 0 all actions are lucky, none is clearly better
     pays[..., neutral] = 0
-    monkeypatch.setattr(train_tables, "head_log", lambda samples, name, rule, budget: pays)
-    W, count = train_tables.learn_heads([None] * 8, "compilerkv", [(16, 1)], (60,), *shape)
+    log = np.concatenate((pays.reshape(8, 1, *shape, -1), np.full((8, 1, shape[0], 1, len(grid)), 9.0)), axis=3)  # with the column of layers
+    tables, _ = train_tables.learn_tables(None, None, [log, log[:, :, ::-1]], "compilerkv-paper", [(64, 1)], None, (60,), None, None)
     expected = grid[best].reshape(shape)
     expected[0, 0] = 1
-    assert np.array_equal(W, expected[None]) and count == pays.size
+    assert np.array_equal(tables["value"][0], expected[None]) and np.array_equal(tables["value"][1], expected[None, ::-1])
+    assert all((half == 1).all() and half.shape == (1, *shape) for half in tables["W = 1"])
+
+
+def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
+    """Guards against a strength of the other reward, and halves that exchange what they learned."""
+    model, s = tiny_sample(9)
+    value, loss = ([x * np.random.default_rng(i).normal(size=shape) for i in range(2)] for x, shape in (
+        (1, (2, CONFIG.n_layer, CONFIG.n_head)), (3, (CONFIG.n_layer, CONFIG.n_head))))
+    logs = [np.zeros((1, 2, CONFIG.n_layer, CONFIG.n_head + 1, 5)) + i for i in range(2)]
+    monkeypatch.setattr(train_tables, "direction", lambda log: value[int(log[0, 0, 0, 0, 0])])
+    monkeypatch.setattr(train_tables, "perturb_heads", lambda model, half, *_, left=iter(loss): next(left))
+    tables, agree = train_tables.learn_tables(model, [s] * 12, logs, "compilerkv", [RULES["compilerkv"]] * 2, None, (60, 70), None, None)
+    assert len(tables) == len(train_tables.HEAD_STEPS) and all((half == 1).all() for half in tables["W = 1"]) and set(agree) == {"value", "loss"}
+    for half in range(2):
+        assert np.allclose(np.log(tables["value 0.3, loss 0.2"][half]), 0.3 * value[half] + 0.2 * loss[half])
+        assert np.allclose(np.log(tables["value 0.6"][half]), 0.6 * value[half]) and tables["loss 0.3"][half].shape == value[half].shape
 
 
 def test_the_rule_that_loses_least_is_chosen(monkeypatch):
@@ -172,11 +246,13 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     assert np.allclose(log_W[1, :n_groups], log_W[1, 0]) and np.allclose(log_W[0, n_groups:], -log_W[0, 0])
 
 
-def test_layers_get_the_thresholds_that_the_loss_wants(monkeypatch):
+def test_layers_get_the_thresholds_that_pay(monkeypatch):
     """Guards against a sign, a budget that gets another's strength, a strength that costs, and layers that compete in the paper."""
     model, s = tiny_sample(6)
     L, rules, W = CONFIG.n_layer, [RULES["compilerkv"]] * 2, np.ones((2, CONFIG.n_layer, CONFIG.n_head))
     samples, asked = [dataclasses.replace(s, loss_full=float(i % 2)) for i in range(24)], []
+    log = np.random.default_rng(0).normal(size=(12, 2, L, CONFIG.n_head + 1, 5))  # heads tell nothing,
+    log[..., 0, -1, -1], log[..., 1, -1, -1] = 9, -9  # but a larger weight of all of layer 0 pays: a lower threshold
 
     def roll_out(model, sample, name, jobs):
         asked.append([tau for _, _, tau, _ in jobs])
@@ -187,13 +263,13 @@ def test_layers_get_the_thresholds_that_the_loss_wants(monkeypatch):
         return np.concatenate((np.abs(np.array(ratio[60]) - 1.2), (-0.3, 0.4)[int(sample.loss_full)] * (np.array(ratio[70]) > 0)))
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    learn = lambda name: train_tables.learn_layers(model, samples, name, rules, W, (60, 70), np.random.default_rng(0), tqdm(disable=True))
+    learn = lambda name: train_tables.learn_layers(model, samples, [log, log + 0.1], name, rules, W, (60, 70), tqdm(disable=True))
     factors, evidence = learn("compilerkv")
     assert factors.shape == (2, L) and evidence["layers"] == {"60": 0.6, "70": 0.0} and (factors[1] == 1).all()
-    assert np.allclose(factors[0], np.exp([-0.6, 0.6])) and evidence["rank_agreement_of_halves_layers"] == pytest.approx(1)
-    assert evidence["held_out_dnll_by_layers"]["60"]["0.6"] == pytest.approx(-0.5, abs=1e-3)
+    assert np.allclose(factors[0], np.exp([-0.6, 0.6]), atol=1e-3) and evidence["rank_agreement_of_halves_layers"] > 0.5
+    assert evidence["held_out_dnll_by_layers"]["60"]["0.6"] == pytest.approx(-0.5, abs=1e-2)
     assert evidence["held_out_dnll_by_layers"]["70"]["0.2"] == pytest.approx(evidence["held_out_dnll_by_layers"]["70"]["0.0"] + 0.05)
-    assert len(asked) == 48 and all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for taus in asked[24:] for tau in taus)
+    assert len(asked) == 24 and all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for taus in asked for tau in taus)
     asked.clear()
     factors, evidence = learn("compilerkv-paper")
     assert (factors == 1).all() and not evidence and not asked
@@ -203,8 +279,8 @@ def test_layers_are_judged_by_the_other_half_and_both_ship(monkeypatch):
     """Guards against thresholds that are praised by the prompts they were learned from, and against one half's that ship alone."""
     model, s = tiny_sample(6)
     samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)], {}
-    steps = [np.array([1.0, -1.0]), np.array([3.0, -3.0])]  # of the first half, of the second
-    monkeypatch.setattr(train_tables, "perturb", lambda *_, left=iter(steps): next(left))
+    steps = [np.array([[1.0, -1.0]]), np.array([[3.0, -3.0]])]  # of the first half, of the second
+    monkeypatch.setattr(train_tables, "direction", lambda log: -steps[int(log.flat[0])])
 
     def roll_out(model, sample, name, jobs):
         ratios = [np.log(tau[0] / tau[1]) for _, _, tau, _ in jobs]
@@ -212,8 +288,9 @@ def test_layers_are_judged_by_the_other_half_and_both_ship(monkeypatch):
         return sample.loss_full - (np.array(ratios) > 0)  # any other thresholds are better than equal ones, by 1
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    factors, _ = train_tables.learn_layers(model, samples, "compilerkv", [RULES["compilerkv"]], np.ones((1, CONFIG.n_layer, CONFIG.n_head)),
-                                           (60,), np.random.default_rng(0), tqdm(disable=True))
+    logs = [np.full((6, 1, CONFIG.n_layer, CONFIG.n_head + 1, 5), half) for half in (0, 1)]
+    factors, _ = train_tables.learn_layers(model, samples, logs, "compilerkv", [RULES["compilerkv"]], np.ones((1, CONFIG.n_layer, CONFIG.n_head)),
+                                           (60,), tqdm(disable=True))
     for i, ratios in seen.items():
         assert np.allclose(ratios, np.array(train_tables.LAYER_STEPS) * (6 if i < 6 else 2))
     assert len(seen) == 12 and np.allclose(factors, np.exp(train_tables.LAYER_STEPS[1] * np.array([2.0, -2.0])))
@@ -302,7 +379,7 @@ def test_every_prompt_is_judged_under_the_other_halfs_tables(monkeypatch):
     samples = [dataclasses.replace(s, loss_full=float(i), risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
     ones = np.ones((1, CONFIG.n_layer, CONFIG.n_head))
     tables = {"W = 1": (ones, ones), "loss": (2 * ones, 8 * ones)}
-    monkeypatch.setattr(train_tables, "learn_tables", lambda *_: (tables, 0, {}))
+    monkeypatch.setattr(train_tables, "learn_tables", lambda *_: (tables, {}))
     seen = []
 
     def roll_out(model, sample, name, jobs):
@@ -328,21 +405,25 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
         taus.append(job_of(0, 0, actions[0])[2])
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
-    def learn_tables(model, samples, name, rules, tau, budgets, rng, progress):
+    def learn_tables(model, samples, logs, name, rules, tau, budgets, rng, progress):
         taus.append(tau)
-        return {"W = 1": (ones, ones)}, 0, {}
+        return {"W = 1": (ones, ones)}, {}
+
+    def value_log(model, samples, name, rules, tau, *_):
+        taus.append(tau)
+        return np.zeros((6, 1, CONFIG.n_layer, CONFIG.n_head + 1, 3))
 
     def learn_layers(*_):
         raise KeyboardInterrupt
 
-    for function in (choose, learn_tables, learn_layers):
+    for function in (choose, value_log, learn_tables, learn_layers):
         monkeypatch.setattr(train_tables, function.__name__, function)
     with pytest.raises(KeyboardInterrupt):
         train_tables.compile_tables(model, [s] * 12, name, (60,), 0, lambda text: None)
     rule, *heads = taus
-    assert rule is None and len(heads) == 2
+    assert rule is None and len(heads) == 4
     for tau in heads:
-        assert tau is None if name == "compilerkv-paper" else (tau == ckv.OURS.tau_grid[0]).all() and tau.shape == (CONFIG.n_layer,)
+        assert tau is None if name == "compilerkv-paper" else np.allclose(tau, ckv.OURS.tau_grid[0]) and tau.shape == (CONFIG.n_layer,)
 
 
 def test_learners_find_what_pays_and_random_does_not():
