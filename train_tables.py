@@ -218,14 +218,14 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
 def direction(log):
     """How surely the largest action pays more than the smallest, against other states of the last axis: (budgets, ..., S), -1 to 1.
 
-    log (P, budgets, ..., S, A). A prompt's rewards are counted in its own root mean square, so that no prompt outvotes the others;
-    budgets lend each other half of what they saw, those two steps apart a quarter.
+    log (P, budgets, ..., S, A). A prompt's rewards are counted in their root mean square (plus its median over prompts, so that one
+    with little at stake counts less): no prompt outvotes the others. Budgets lend each other half of what they saw, those two
+    steps apart a quarter.
     """
     r = log[..., -1] - log[..., 0]  # (P, budgets, ..., S)
     r = r - r.mean(-1, keepdims=True)
-    states = tuple(range(2, r.ndim))
-    square = np.square(r).mean(states, keepdims=True)
-    r = r / (np.sqrt(square) + 0.3 * np.sqrt(square.mean(0)) + 1e-12)  # a prompt with little at stake counts less
+    size = np.sqrt(np.square(r).mean(tuple(range(2, r.ndim)), keepdims=True))  # (P, budgets, 1 ..)
+    r = r / (size + np.median(size, axis=0) + 1e-12)
     b = np.arange(r.shape[1])
     r = np.einsum("bc,pc...->pb...", 0.5 ** np.abs(b[:, None] - b), r)
     bandit = EpsilonGreedy(r[0].size, 1)

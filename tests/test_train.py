@@ -58,22 +58,24 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
     """Guards against a sign, another layer, KV head or token, a continuation that sees its future, and evicted entries that are seen."""
     model, s = tiny_sample(3)
     L, G, T = CONFIG.n_layer, CONFIG.n_kv_head, s.cache.length[0]
+    for block in model.blocks:
+        block.out.mul_(0.002)  # attention moves the loss so little that first order is nearly all
     s.continuation = [5, 9, 2, 31, 14]
     mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < 0.2
-    kept, before = ckv.positions_of(mask), [k.clone() for k in s.cache.k]
+    kept, before = ckv.positions_of(mask), [s.cache.layer(l)[0].clone() for l in range(L)]
     values, mask = train_tables.token_values(model, s, kept), mask.expand(-1, G, -1).clone()
-    assert all(map(torch.equal, before, s.cache.k)) and s.cache.length == [T] * L and not s.cache.k[0].requires_grad  # the cache is as it was
-    base, gained, lost = loss_of(model, s, mask), [], []
+    assert s.cache.length == [T] * L and all(torch.equal(before[l], s.cache.layer(l)[0]) for l in range(L))  # the cache is as it was
+    base, joined, left = loss_of(model, s, mask), [], []
     for l, g in np.ndindex(L, G):
-        for keeps, booked in (False, gained), (True, lost):
+        for keeps, booked in (False, joined), (True, left):
             some = (mask[l, g] == keeps).nonzero()[:, 0]
-            for t in some[values[l, g, some].abs().argsort(descending=True)[:4]].tolist():  # the largest effects
+            for t in some[values[l, g, some].abs().argsort(descending=True)[:12:3]].tolist():  # of the larger effects
                 other = mask.clone()
                 other[l, g, t] = not keeps
                 booked.append((values[l, g, t].item(), (base - loss_of(model, s, other)) * (-1 if keeps else 1)))
-    gained, lost = np.array(gained), np.array(lost)
-    assert np.abs(gained[:, 1]).min() > 1e-4 and np.allclose(*gained.T, rtol=0.35, atol=3e-4) and np.corrcoef(gained.T)[0, 1] > 0.98
-    assert np.corrcoef(lost.T)[0, 1] > 0.95  # an entry that leaves hands its share to the others: a little more than to first order
+    joined, left = np.array(joined), np.array(left)
+    assert np.allclose(*joined.T, rtol=0.05, atol=5e-6) and np.abs(joined).min() > 1e-4 and (joined[:, 0] < 0).any() and (joined[:, 0] > 0).any()
+    assert (np.sign(left[:, 0]) == np.sign(left[:, 1])).all()  # an entry that leaves hands its share to the others: more than to first order
     s.continuation = [5]
     assert not train_tables.token_values(model, s, kept).any()  # predicted by the prompt's own logits
 
@@ -128,7 +130,7 @@ def test_the_log_charges_for_places(monkeypatch):
     expected = np.zeros_like(log)
     expected[:, 0, 1, 2], expected[:, 1, 1, 2] = 2 * 3 * (np.arange(A) - A // 2), 5 * 3 * (np.arange(A) - A // 2)
     assert np.allclose(log, expected)
-    assert [budget for budget, _ in seen] == [60, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) == 6
+    assert [budget for budget, _ in seen] == [60, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
     assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
     assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
 
