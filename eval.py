@@ -295,7 +295,8 @@ def uncut(tables):
     """These tables with thresholds that every token reaches, so that only their ratios over layers are left. None stays None."""
     if tables is None:
         return None
-    lowest = lambda T: 1e-5 * T / T.max(1, keepdims=True).clip(1e-5)  # of (budgets, L, 20, 4); the highest of a state's becomes 1e-5
+    least = ckv.OURS.tau_grid[0]  # which every token reaches
+    lowest = lambda T: least * T / T.max(1, keepdims=True).clip(least)  # of (budgets, L, 20, 4)
     return dataclasses.replace(tables, compiled={name: dataclasses.replace(c, T_gate=lowest(c.T_gate)) for name, c in tables.compiled.items()})
 
 
