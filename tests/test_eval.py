@@ -240,7 +240,7 @@ def test_risk_report_sees_a_signal_within_tasks_only_where_there_is_one():
 @pytest.mark.parametrize("policy, thresholds, expected", [
     ("compilerkv-paper", (1e9, 0.0, 0.0), 1 / 3), ("compilerkv-paper", (0.0, 0.0, 0.0), 0),  # nothing reaches it, or all do
     ("compilerkv", (1e-4, 1e-4, 1e-4), 0), ("compilerkv", (1e9, 1e9, 1e9), 1), ("snapkv", (1e9, 1e9, 1e9), 0),
-    ("compilerkv", (1.0, 10.0, 10.0), 0), ("compilerkv", (1.0, 10.0, 85.0), 1 / 3),  # layer 1 has its safe half: layer 0 outbids it
+    ("compilerkv", (1.0, 10.0, 10.0), 0), ("compilerkv", (1.0, 10.0, 90.0), 1 / 3),  # layer 1 has its safe half: layer 0 outbids it
 ])
 def test_the_gate_is_credited_with_the_sizes_that_no_clamp_set(policy, thresholds, expected):
     """Guards against a clamp's work, or that of other layers which outbid one, that is reported as the gate's."""
