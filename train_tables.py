@@ -215,17 +215,23 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     return log[:, :, 0] - price[:, None, None, None] * log[:, :, 1]
 
 
+def evened(r, states):
+    """Rewards (P, ...) counted in each prompt's root mean square over these axes, plus its median over prompts.
+
+    So no prompt outvotes the others, and one with little at stake counts less.
+    """
+    size = np.sqrt(np.square(r).mean(states, keepdims=True))
+    return r / (size + np.median(size, axis=0) + 1e-12)
+
+
 def direction(log):
     """How surely the largest action pays more than the smallest, against other states of the last axis: (budgets, ..., S), -1 to 1.
 
-    log (P, budgets, ..., S, A). A prompt's rewards are counted in their root mean square (plus its median over prompts, so that one
-    with little at stake counts less): no prompt outvotes the others. Budgets lend each other half of what they saw, those two
-    steps apart a quarter.
+    log (P, budgets, ..., S, A). Budgets lend each other half of what they saw, those two steps apart a quarter.
     """
     r = log[..., -1] - log[..., 0]  # (P, budgets, ..., S)
     r = r - r.mean(-1, keepdims=True)
-    size = np.sqrt(np.square(r).mean(tuple(range(2, r.ndim)), keepdims=True))  # (P, budgets, 1 ..)
-    r = r / (size + np.median(size, axis=0) + 1e-12)
+    r = evened(r, tuple(range(2, r.ndim)))
     b = np.arange(r.shape[1])
     r = np.einsum("bc,pc...->pb...", 0.5 ** np.abs(b[:, None] - b), r)
     bandit = EpsilonGreedy(r[0].size, 1)
@@ -343,7 +349,7 @@ def draw_learners(curves, budget, path):
     for name, (regret, held_out) in curves.items():
         if regret is not None:
             axis.plot(np.arange(1, len(regret) + 1), regret, label=f"{name} (held-out reward {held_out:+.4f})")
-    axis.set(xlabel="calibration prompts", ylabel="cumulative regret, nats a token to first order, all heads",
+    axis.set(xlabel="calibration prompts", ylabel="cumulative regret, all heads, in a prompt's own units",
              title=f"Learners of W_head on one stream, budget {budget}")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -485,7 +491,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (half[:, b, :, :-1].reshape(len(half), -1, half.shape[-1]) for half in logs)  # (P, L H, A)
+        log, held_out = (evened(half[:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, half.shape[-1]) for half in logs)  # (P, L H, A)
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
             for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}

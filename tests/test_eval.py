@@ -248,9 +248,10 @@ def test_the_gate_is_credited_with_the_sizes_that_no_clamp_set(policy, threshold
     T_gate = np.array(thresholds)[None, :, None, None] * np.ones((1, 1, 20, 4))
     compiled = {name: ckv.Compiled(np.array([s.rules[0]], dtype=float), np.ones((1, L, H)), T_gate, np.arange(19.0), np.arange(3.0))
                 for name, s in ckv.SETTINGS.items()}
-    [(jobs, _)] = compress(SimpleNamespace(device=torch.device("cpu")), [policy], (80,), observation, cache, [], ckv.Tables(np.array([80]), "", compiled, np.ones((L, H))))
+    tables = ckv.Tables(np.array([80]), "", compiled, np.ones((L, H)))
+    [(jobs, _)] = compress(SimpleNamespace(device=torch.device("cpu")), [policy], (80,), observation, cache, [], tables)
     assert [job[:3] for job in jobs] == [(policy, 80, pytest.approx(expected))]
-    assert uncut(None) is None
+    assert uncut(None) is None and np.isfinite(uncut(tables).compiled[policy if policy in compiled else "compilerkv"].T_gate).all()
 
 
 # ------------------------------------------------------------------------------------------------- files and encoding

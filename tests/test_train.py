@@ -61,7 +61,7 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
     for block in model.blocks:
         block.out.mul_(0.002)  # attention moves the loss so little that first order is nearly all
     s.continuation = [5, 9, 2, 31, 14]
-    mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < 0.2
+    mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.3, 0.1])[:1 if shared else G, None]  # padded
     kept, before = ckv.positions_of(mask), [s.cache.layer(l)[0].clone() for l in range(L)]
     values, mask = train_tables.token_values(model, s, kept), mask.expand(-1, G, -1).clone()
     assert s.cache.length == [T] * L and all(torch.equal(before[l], s.cache.layer(l)[0]) for l in range(L))  # the cache is as it was
@@ -74,7 +74,7 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
                 other[l, g, t] = not keeps
                 booked.append((values[l, g, t].item(), (base - loss_of(model, s, other)) * (-1 if keeps else 1)))
     joined, left = np.array(joined), np.array(left)
-    assert np.allclose(*joined.T, rtol=0.05, atol=5e-6) and np.abs(joined).min() > 1e-4 and (joined[:, 0] < 0).any() and (joined[:, 0] > 0).any()
+    assert np.allclose(*joined.T, rtol=0.05, atol=5e-6) and np.abs(joined).min() > 5e-5 and (joined[:, 0] < 0).any() and (joined[:, 0] > 0).any()
     assert (np.sign(left[:, 0]) == np.sign(left[:, 1])).all()  # an entry that leaves hands its share to the others: more than to first order
     s.continuation = [5]
     assert not train_tables.token_values(model, s, kept).any()  # predicted by the prompt's own logits
@@ -138,12 +138,12 @@ def test_the_log_charges_for_places(monkeypatch):
 def test_a_direction_is_how_surely_a_larger_weight_pays():
     """Guards against a sign, a loud prompt that outvotes the others, and states that are not weighed against those of their layer."""
     rng, P = np.random.default_rng(0), 40
-    slope = np.array([[1.0, 0.0, -1.0, 0.0], [5.0, 5.0, 5.0, 5.0]]) + 0.5 * rng.standard_normal((P, 1, 2, 4))  # (P, 1, L, S)
+    slope = np.array([[1.0, 0.0, -1.0, 0.0], [5.5, 5.0, 5.0, 5.0]]) + 0.5 * rng.standard_normal((P, 1, 2, 4))  # (P, 1, L, S)
     slope[0] *= -1000
     log = slope[..., None] * np.array([-1.0, 0, 1])
     step = train_tables.direction(log)
     assert step.shape == (1, 2, 4) and np.allclose(step.mean(-1), 0)
-    assert step[0, 0, 0] > 0.75 and step[0, 0, 2] < -0.75 and np.abs(step[0, 0, 1::2]).max() < 0.75
+    assert step[0, 1, 0] > 0.5 > step[0, 1, 1:].max() and step[0, 0, 0] > 0.75 and step[0, 0, 2] < -0.75 and np.abs(step[0, 0, 1::2]).max() < 0.75
     assert np.array_equal(train_tables.direction(0 * log), np.zeros((1, 2, 4)))
     two = np.stack((log[:, 0], 0 * log[:, 0]), axis=1)  # a budget that saw nothing follows its neighbour
     assert np.sign(train_tables.direction(two)[1, 0, [0, 2]]).tolist() == [1, -1]
