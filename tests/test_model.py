@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 
+import model as model_module
 from compilerkv import evict, positions_of
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
 from model import (BYTE_ALPHABET, QUERY_BLOCK, ROW_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path,
@@ -328,6 +329,19 @@ def test_a_ragged_batch_equals_its_rows_one_by_one(T, B, seed):
     assert close(MODEL.nll(batch, logits, continuation), alone)
     out = MODEL.decode(batch, logits, max_new=12, stop={3, 4})
     assert out == [MODEL.decode(evict(cache, kept), logits, 12, stop={3, 4})[0] for kept in kepts]
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("units", [True, False])
+def test_single_tokens_equal_many_at_once_on_every_processor(monkeypatch, units, B):
+    """Guards against padding that a single query sees, and heads that read another's keys, beside matrix units and without them."""
+    monkeypatch.setattr(model_module, "MATRIX_UNITS", units)
+    _, cache, _ = MODEL.prefill(random_tokens(30, seed=1), window=1)
+    ids, kepts = torch.tensor([random_tokens(3, seed=2)]).expand(B, -1), [random_kept(30, seed) for seed in range(B)]
+    batch, again = evict(cache, *kepts), evict(cache, *kepts)
+    assert batch.padded
+    many = MODEL.forward(ids, batch)[0]  # (B, 3, E)
+    assert close(torch.cat([MODEL.forward(ids[:, i:i + 1], again)[0] for i in range(3)], dim=1), many)
 
 
 @pytest.mark.parametrize("n", [2, 40, 50, 130])
