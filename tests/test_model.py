@@ -337,7 +337,7 @@ def test_single_tokens_equal_many_at_once_on_every_processor(monkeypatch, units,
     """Guards against padding that a single query sees, and heads that read another's keys, beside matrix units and without them."""
     monkeypatch.setattr(model_module, "MATRIX_UNITS", units)
     _, cache, _ = MODEL.prefill(random_tokens(30, seed=1), window=1)
-    ids, kepts = torch.tensor([random_tokens(3, seed=2)]).expand(B, -1), [random_kept(30, seed) for seed in range(B)]
+    ids, kepts = torch.tensor([random_tokens(3, seed=2)]).expand(B, -1), [positions_of(torch.rand(L, G, 30, generator=torch.Generator().manual_seed(i)) < 0.5) for i in range(B)]
     batch, again = evict(cache, *kepts), evict(cache, *kepts)
     assert batch.padded
     many = MODEL.forward(ids, batch)[0]  # (B, 3, E)
