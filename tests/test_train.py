@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import compilerkv as ckv
 import train_tables
+from eval import rank_correlation
 from helpers import random_model
 from model import Config
 from test_compilerkv import G, H, L, random_prompt
@@ -67,15 +68,16 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
     assert s.cache.length == [T] * L and all(torch.equal(before[l], s.cache.layer(l)[0]) for l in range(L))  # the cache is as it was
     base, joined, left = loss_of(model, s, mask), [], []
     for l, g in np.ndindex(L, G):
-        for keeps, booked in (False, joined), (True, left):
+        for keeps, booked, step in (False, joined, slice(0, 12, 3)), (True, left, slice(None)):  # of the larger effects; all
             some = (mask[l, g] == keeps).nonzero()[:, 0]
-            for t in some[values[l, g, some].abs().argsort(descending=True)[:12:3]].tolist():  # of the larger effects
+            for t in some[values[l, g, some].abs().argsort(descending=True)[step]].tolist():
                 other = mask.clone()
                 other[l, g, t] = not keeps
                 booked.append((values[l, g, t].item(), (base - loss_of(model, s, other)) * (-1 if keeps else 1)))
     joined, left = np.array(joined), np.array(left)
     assert np.allclose(*joined.T, rtol=0.05, atol=5e-6) and np.abs(joined).min() > 5e-5 and (joined[:, 0] < 0).any() and (joined[:, 0] > 0).any()
-    assert (np.sign(left[:, 0]) == np.sign(left[:, 1])).all()  # an entry that leaves hands its share to the others: more than to first order
+    rank = rank_correlation(*left.T)
+    assert rank > 0.9, rank  # an entry that leaves hands its share to the others: more than to first order
     s.continuation = [5]
     assert not train_tables.token_values(model, s, kept).any()  # predicted by the prompt's own logits
 
