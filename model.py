@@ -202,11 +202,14 @@ def attend(q, k, v, slots, padded):
     if n == 1 and MATRIX_UNITS:
         mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    mask = q.new_zeros(n, S)  # of -inf where a query must not look
-    mask[:, S - n:].fill_(-torch.inf).triu_(1)
-    mask = mask.repeat(R, 1)  # -> (R n, S), the same for each of the R query heads
+    mask = None  # of -inf where a query must not look; a single one sees all
+    if n > 1:
+        mask = q.new_zeros(n, S)
+        mask[:, S - n:].fill_(-torch.inf).triu_(1)
+        mask = mask.repeat(R, 1)  # -> (R n, S), the same for each of the R query heads
     if padded:
-        mask = mask + q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf)  # -> (B, G, R n, S)
+        hidden = q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf)
+        mask = hidden if mask is None else mask + hidden  # -> (B, G, R n or 1, S)
     return F.scaled_dot_product_attention(q.reshape(B, G, R * n, D), k, v, attn_mask=mask).view(B, H, n, D)
 
 
@@ -275,7 +278,8 @@ class Model:
     def rotation(self, positions):
         """What `rotate` needs for tokens at these positions, (B, n) -> cos, sin (B, 1, n, D)."""
         angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, n, D/2)
-        return (torch.cat(halves, dim=-1).to(self.dtype) for halves in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
     def self_attention(self, l, x, cache, positions, cos, sin):
         """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).
