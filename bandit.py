@@ -62,12 +62,12 @@ class EpsilonGreedy:
         return np.where(better, best, neutral)
 
     def confidence(self):
-        """The odds that a mean reward is above 0, from -1 (surely below) over 0 (as likely as not) to 1: (n_states, n_actions).
+        """How surely a mean reward is above 0, from -1 (surely below) over 0 (as likely as not) to 1: (n_states, n_actions).
 
         The probability above 0 less that below, tanh(t / 2), for t = mean / standard error that is distributed logistically.
         """
-        t = np.divide(self.values(), self.errors(), out=np.zeros(self.visits.shape), where=self.errors() > 0)
-        return np.tanh(t / 2)
+        errors = self.errors()
+        return np.tanh(np.divide(self.values(), errors, out=np.zeros(errors.shape), where=errors > 0) / 2)
 
 
 class LinUCB:

@@ -304,8 +304,8 @@ def compress(model, policies, budgets, observation, cache, ids, tables):
     """Every policy at every budget on one cache: [(rows of (policy, budget, gated, seconds), batch of the caches left)].
 
     ids: the tokens to come, which only hindsight sees. gated: the share of layers whose size a gate set, not a clamp: without its cut
-    they keep more; 0 of policies that have no gate. Caches with a KV head that keeps more than four
-    times the largest budget make a batch of their own, because they would pad all others.
+    they keep more; 0 of policies that have no gate. Caches with a KV head that keeps more than four times the largest budget make a
+    batch of their own, because they would pad all others.
     """
     if "hindsight" in policies:
         observation = look_ahead(model, observation, cache, ids)

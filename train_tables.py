@@ -201,6 +201,7 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     next action above and below moves where every layer takes it: places are limited, and others would fill them.
     """
     settings, c, log = ckv.SETTINGS[name], model.config, []
+    tau = None if tau is None else torch.as_tensor(tau, dtype=torch.float32)
     n_sets, neutral = settings.n_sets(c.n_kv_head), settings.W_grid.index(1.0)
     for sample in samples:
         reach = np.log(settings.W_grid[-1])  # the grid's widest step
@@ -224,6 +225,14 @@ def evened(r, states):
     return r / (size + np.median(size, axis=0) + 1e-12)
 
 
+def of_complete_log(log):
+    """A bandit that has seen what every action of every state paid every prompt: log (P, S, A)."""
+    bandit = EpsilonGreedy(*log.shape[1:])
+    _, states, actions = np.indices(log.shape)
+    bandit.update(states.ravel(), actions.ravel(), log.ravel())
+    return bandit
+
+
 def direction(log):
     """How surely the largest action pays more than the smallest, against other states of the last axis: (budgets, ..., S), -1 to 1.
 
@@ -234,9 +243,7 @@ def direction(log):
     r = evened(r, tuple(range(2, r.ndim)))
     b = np.arange(r.shape[1])
     r = np.einsum("bc,pc...->pb...", 0.5 ** np.abs(b[:, None] - b), r)
-    bandit = EpsilonGreedy(r[0].size, 1)
-    bandit.update(np.tile(np.arange(r[0].size), len(r)), 0, r.ravel())
-    step = bandit.confidence().reshape(r.shape[1:])
+    step = of_complete_log(r.reshape(len(r), -1, 1)).confidence().reshape(r.shape[1:])
     return step - step.mean(-1, keepdims=True)
 
 
@@ -277,9 +284,7 @@ def learn_tables(model, samples, logs, name, rules, tau, budgets, rng, progress)
     if ckv.SETTINGS[name].scope != "head":  # the paper's reading: a head has the action that clearly pays, or 1
         tables = []
         for half in heads:
-            bandit = EpsilonGreedy(half[0, ..., 0].size, len(grid))
-            states, actions = np.indices((len(bandit.visits), len(grid)))
-            bandit.update(*(np.tile(x.ravel(), len(half)) for x in (states, actions)), half.ravel())
+            bandit = of_complete_log(half.reshape(len(half), -1, len(grid)))
             tables.append(np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(half.shape[1:-1]))
         return {"W = 1": tuple(map(np.ones_like, tables)), "value": tuple(tables)}, {"value": evaluation.rank_correlation(*map(np.ravel, tables))}
     value = [direction(half) for half in heads]  # (budgets, L, H)
@@ -336,10 +341,7 @@ def compare_learners(log, held_out, seed):
                 learner.fit(generator)
             regret.append((best - rewards[every, actions]).sum())
         out[name] = np.cumsum(regret), float(held_out.mean(0)[every, learner.greedy()].mean())
-    complete = EpsilonGreedy(S, A)
-    _, states, actions = np.indices(log.shape)
-    complete.update(states.ravel(), actions.ravel(), log.ravel())
-    out["complete log, cautious"] = None, float(held_out.mean(0)[every, complete.cautious(neutral)].mean())
+    out["complete log, cautious"] = None, float(held_out.mean(0)[every, of_complete_log(log).cautious(neutral)].mean())
     return out
 
 
@@ -462,8 +464,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
-        threshold = None if even is None else torch.from_numpy(even).float()
-        logs = [value_log(model, half, name, rules, threshold, budgets, rng, progress) for half in halves(samples)]
+        logs = [value_log(model, half, name, rules, even, budgets, rng, progress) for half in halves(samples)]
         evidence["head_experiences"] = sum(log[..., :-1, :].size for log in logs)
         learned, agree = learn_tables(model, samples, logs, name, rules, even, budgets, rng, progress)
         chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
@@ -611,7 +612,7 @@ def main(argv=None):
         "model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "seed": args.seed,
         "machine": evaluation.machine(), "seconds": round(time.time() - start, 1),
         "settings": {n: dataclasses.asdict(s) for n, s in ckv.SETTINGS.items()},
-        "learner": "mean reward of every action (epsilon-greedy on a complete log)", "evidence": evidence,
+        "learner": "means and errors of a complete log of values; LinUCB on the losses of random tables", "evidence": evidence,
         "prompts": {p["id"]: hashlib.sha256((p["prompt"] + p["continuation"]).encode()).hexdigest()[:16] for p in used}}
     ckv.Tables(np.array(budgets), model.fingerprint, compiled, retrieval, provenance).save(out)
     stem = out.with_suffix("")
