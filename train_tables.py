@@ -3,15 +3,15 @@
 1. Collect. Every calibration prompt is prefilled once.
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
-3. Heads, from two rewards, on each half of the corpus. The value: a pass over the right continuation and back through the network
+3. Heads, from two rewards. The value: a pass over the right continuation and back through the network
    tells of every cache entry, kept or not, by how much the loss would fall with it, to first order. In state (budget, layer,
    head), W_head is multiplied by a value of the grid, and the reward is the value of the entries that this lifts over the
    threshold, less the price of their places; one pass serves every state and action. The loss: random tables are rolled out for
    real, and all heads of a table share its reward. Layers compete meanwhile, as under the gate, but with one threshold that
    every token reaches: under a higher one, a head would be paid for the tokens that a larger W adds.
-4. Let the loss decide. Every prompt is rolled out under the tables that the other half of the corpus made, at several strengths,
-   and a bandit chooses for each budget; W = 1 stays unless another is better by more than one standard error. What ships is
-   the geometric mean of the tables of the two halves.
+4. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
+   a bandit chooses for each budget; W = 1 stays unless the best is better by more than one standard error. What ships is learned
+   from all prompts.
 5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like
    the heads, from the value of what a layer's threshold moves, and roll-outs decide how far they go. Then, in state (budget,
    entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss,
@@ -42,14 +42,14 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-HEAD_TABLES = 24        # random W_head that every prompt rolls out for each budget, half of them mirror images
+HEAD_TABLES = 16        # random W_head that every prompt rolls out for each budget, half of them mirror images
 SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
 # Strengths among which real roll-outs decide. Of heads: the log of W at a head whose larger weight surely pays in value, and
 # the standard deviation over heads of the log of the table learned from the loss. Of layers: the log of the threshold at a layer
-# whose lower threshold surely pays.
-HEAD_STEPS = ((0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.0, 0.3), (0.3, 0.2), (0.6, 0.3))
-LAYER_STEPS = (0.0, 0.2, 0.4, 0.6, 0.8)
+# whose lower threshold surely pays. They are few: the best of many would be the luckiest.
+HEAD_STEPS = ((0.0, 0.0), (0.3, 0.1), (0.6, 0.0), (0.6, 0.2))
+LAYER_STEPS = (0.0, 0.4, 0.8)
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
@@ -194,15 +194,12 @@ def random_logs(rng, n, L, G):
 
 
 def value_log(model, samples, name, rules, tau, budgets, rng, progress):
-    """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H + 1, A) nats a token.
+    """The complete log of these prompts: what every action moves in every state, (P, budgets, 2, L, H + 1, A), see `moved`.
 
-    States and actions: see `moved`. A prompt tries them around a random W for each budget, so that the log holds in the
-    neighbourhood of W = 1, not only there. The price of a place, one for each budget, is what entries are worth on average that the
-    next action above and below moves where every layer takes it: places are limited, and others would fill them.
+    A prompt tries them around a random W for each budget, so that the log holds in the neighbourhood of W = 1, not only there.
     """
     settings, c, log = ckv.SETTINGS[name], model.config, []
-    tau = None if tau is None else torch.as_tensor(tau, dtype=torch.float32)
-    n_sets, neutral = settings.n_sets(c.n_kv_head), settings.W_grid.index(1.0)
+    tau, n_sets = None if tau is None else torch.as_tensor(tau, dtype=torch.float32), settings.n_sets(c.n_kv_head)
     for sample in samples:
         reach = np.log(settings.W_grid[-1])  # the grid's widest step
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
@@ -210,7 +207,15 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
             kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
             log.append(moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid).numpy())
         progress.update(len(budgets))
-    log = np.stack(log).astype(float).reshape(len(samples), len(budgets), *log[0].shape)  # (P, budgets, 2, L, H + 1, A)
+    return np.stack(log).astype(float).reshape(len(samples), len(budgets), *log[0].shape)
+
+
+def priced(log, neutral):
+    """What every action pays in every state, nats a token: `value_log` of some prompts -> (P, budgets, L, H + 1, A).
+
+    The price of a place, one for each budget, is what entries are worth on average that the next action above and below the
+    neutral one moves where every layer takes it: places are limited, and others would fill them.
+    """
     value, count = (log[..., -1, neutral + 1] - log[..., -1, neutral - 1]).sum((0, 3)).T  # (budgets,) each
     price = value / np.maximum(count, 1)
     return log[:, :, 0] - price[:, None, None, None] * log[:, :, 1]
@@ -225,6 +230,11 @@ def evened(r, states):
     return r / (size + np.median(size, axis=0) + 1e-12)
 
 
+def lent(n):
+    """What each of n budgets counts for each, (n, n): neighbours lend half of what they saw, those two steps apart a quarter."""
+    return 0.5 ** np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+
+
 def of_complete_log(log):
     """A bandit that has seen what every action of every state paid every prompt: log (P, S, A)."""
     bandit = EpsilonGreedy(*log.shape[1:])
@@ -236,13 +246,12 @@ def of_complete_log(log):
 def direction(log):
     """How surely the largest action pays more than the smallest, against other states of the last axis: (budgets, ..., S), -1 to 1.
 
-    log (P, budgets, ..., S, A). Budgets lend each other half of what they saw, those two steps apart a quarter.
+    log (P, budgets, ..., S, A).
     """
     r = log[..., -1] - log[..., 0]  # (P, budgets, ..., S)
     r = r - r.mean(-1, keepdims=True)
     r = evened(r, tuple(range(2, r.ndim)))
-    b = np.arange(r.shape[1])
-    r = np.einsum("bc,pc...->pb...", 0.5 ** np.abs(b[:, None] - b), r)
+    r = np.einsum("bc,pc...->pb...", lent(r.shape[1]), r)
     step = of_complete_log(r.reshape(len(r), -1, 1)).confidence().reshape(r.shape[1:])
     return step - step.mean(-1, keepdims=True)
 
@@ -252,12 +261,10 @@ def by_head(x, n_head):
     return np.repeat(x, n_head // x.shape[-1], axis=-1)
 
 
-def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
-    """The direction (L, H) in which log W_head should go, one for all budgets and for the query heads of a KV head, from real losses.
+def loss_log(model, samples, name, rules, tau, budgets, rng, progress):
+    """Random tables, rolled out for real under the thresholds tau: their logs (P, budgets, N, L G) and what they paid (P, budgets, N).
 
-    Random tables are rolled out under the thresholds tau. A prompt's rewards at one budget are counted from their mean, in standard
-    deviations, so that no prompt outvotes the others. The direction is what LinUCB's regression of the rewards on the log tables
-    finds, with a standard deviation of 1 over all entries.
+    A prompt's rewards at one budget are counted from their mean, in standard deviations, so that no prompt outvotes the others.
     """
     c, logs, rewards = model.config, [], []
     for sample in samples:
@@ -265,51 +272,57 @@ def perturb_heads(model, samples, name, rules, tau, budgets, rng, progress):
         x = np.concatenate((x, -x), axis=1)  # with mirror images: (budgets, HEAD_TABLES, L, G)
         jobs = [(rules[b], by_head(np.exp(log), c.n_head), tau, budget) for b, budget in enumerate(budgets) for log in x[b]]
         r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, HEAD_TABLES)
-        logs.append(x.reshape(r.size, -1))
-        rewards.append(((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE)).ravel())
+        logs.append(x.reshape(*r.shape, -1))
+        rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
-    rewards = np.concatenate(rewards)  # (N,)
-    bandit = LinUCB(np.concatenate(logs), 1)  # one action: use the table; its log is the context
-    bandit.update(np.arange(len(rewards)), np.zeros(len(rewards), dtype=int), rewards)
-    step = by_head(bandit.theta()[0].reshape(c.n_layer, c.n_kv_head), c.n_head)
-    return step / (step.std() + 1e-12)
+    return np.stack(logs), np.stack(rewards)
 
 
-def learn_tables(model, samples, logs, name, rules, tau, budgets, rng, progress):
-    """Candidates for W_head: {what it is: its tables from the first and from the second half of the corpus, (budgets, L, H) each}.
+def loss_direction(logs, rewards, n_layer):
+    """The direction (budgets, L, G) in which log W_head should go by `loss_log`, with a standard deviation of 1.
 
-    logs: of the two halves, see `value_log`. Also the rank agreement of the two halves for each reward.
+    It is what LinUCB's regression of the rewards on the logs of the tables finds: one action, to use the table.
     """
-    heads, grid = [log[..., :-1, :] for log in logs], ckv.SETTINGS[name].W_grid  # (P, budgets, L, H, A)
-    if ckv.SETTINGS[name].scope != "head":  # the paper's reading: a head has the action that clearly pays, or 1
-        tables = []
-        for half in heads:
-            bandit = of_complete_log(half.reshape(len(half), -1, len(grid)))
-            tables.append(np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(half.shape[1:-1]))
-        return {"W = 1": tuple(map(np.ones_like, tables)), "value": tuple(tables)}, {"value": evaluation.rank_correlation(*map(np.ravel, tables))}
-    value = [direction(half) for half in heads]  # (budgets, L, H)
-    loss = [perturb_heads(model, half, name, rules, tau, budgets, rng, progress) for half in halves(samples)]  # (L, H)
-    agree = {what: evaluation.rank_correlation(*map(np.ravel, steps)) for what, steps in (("value", value), ("loss", loss))}
+    steps = []
+    for weight in np.sqrt(lent(rewards.shape[1])):  # (budgets,): a regression counts the squares
+        x, r = ((weight.reshape(-1, *(1,) * (a.ndim - 2)) * a).reshape(rewards.size, -1) for a in (logs, rewards))
+        bandit = LinUCB(x, 1)
+        bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), r[:, 0])
+        steps.append(bandit.theta()[0].reshape(n_layer, -1))
+    return np.stack([step / (step.std() + 1e-12) for step in steps])
+
+
+def learn_tables(name, log, losses=None):
+    """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
+    grid = ckv.SETTINGS[name].W_grid
+    heads = priced(log, grid.index(1.0))[..., :-1, :]  # (P, budgets, L, H, A)
+    if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
+        bandit = of_complete_log(heads.reshape(len(heads), -1, len(grid)))
+        table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
+        return {"W = 1": np.ones_like(table), "value": table}
+    value = direction(heads)  # (budgets, L, H)
+    loss = by_head(loss_direction(*losses, heads.shape[2]), heads.shape[3])  # (budgets, L, H)
     title = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
-    return {title(x, y): tuple(np.exp(x * v + y * r) for v, r in zip(value, loss)) for x, y in HEAD_STEPS}, agree
+    return {title(x, y): np.exp(x * value + y * loss) for x, y in HEAD_STEPS}
 
 
-def learn_layers(model, samples, logs, name, rules, W, budgets, progress):
-    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence.
+def learn_layers(model, samples, log, name, rules, W, budgets, progress):
+    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence. log: `value_log`.
 
-    The direction of their log comes from the value, on each half of the corpus; how far it goes at each budget is decided by the
-    prompts of the other half, which may leave one threshold for all layers (0).
+    How far they go at each budget is decided by prompts of another kind than those that told the direction of their log; all
+    layers may keep one threshold (0).
     """
-    lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
+    lowest, L, neutral = ckv.SETTINGS[name].tau_grid[0], W.shape[1], ckv.SETTINGS[name].W_grid.index(1.0)
     if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
         return np.ones((len(budgets), L)), {}
-    steps = [-direction(log[..., -1, :]) for log in logs]  # (budgets, L): a lower threshold is a larger weight
+    learn = lambda prompts: -direction(priced(log[prompts], neutral)[..., -1, :])  # (budgets, L): a lower threshold is a larger weight
+    steps = [learn(prompts) for prompts in other_kinds(len(samples))]
     chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS, lambda i, b, x: (
-        rules[b], W[b], lowest * np.exp(x * steps[1 - half_of(i)][b]), budgets[b]), progress)
-    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*map(np.ravel, steps)),
+        rules[b], W[b], lowest * np.exp(x * steps[i % KINDS][b]), budgets[b]), progress, cautious=True)
+    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*(learn(half).ravel() for half in halves(len(samples)))),
                 "held_out_dnll_by_layers": named(budgets, LAYER_STEPS, rewards),
                 "layers": {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}}
-    return np.exp(np.array(LAYER_STEPS)[chosen, None] * np.mean(steps, 0)), evidence
+    return np.exp(np.array(LAYER_STEPS)[chosen, None] * learn(slice(None))), evidence
 
 
 def named(budgets, actions, rewards):
@@ -426,7 +439,7 @@ def roll_out(model, sample, name, jobs):
 
 
 def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False):
-    """For each budget the action whose real roll-outs lose least; cautious: action 0 unless another is clearly better.
+    """For each budget the action whose real roll-outs lose least; cautious: action 0 if that is not better by a standard error.
 
     job_of(sample's number, budget's number, action) -> a job of `roll_out`. Returns the indices of the chosen actions (budgets,)
     and the mean rewards (budgets, actions).
@@ -438,17 +451,21 @@ def choose(model, samples, name, budgets, actions, job_of, progress, cautious=Fa
         plain.update(b, a, rewards)
         gain.update(b, a, rewards - rewards.reshape(len(budgets), -1)[b, 0])  # counted from action 0 on the same prompt
         progress.update(len(rewards))
-    return gain.cautious(0) if cautious else plain.greedy(), plain.values()
+    best, every = plain.greedy(), np.arange(len(budgets))
+    clear = gain.values()[every, best] > gain.errors()[every, best]
+    return np.where(clear, best, 0) if cautious else best, plain.values()
 
 
-def half_of(i):
-    """Which half of the corpus prompt number i belongs to, 0 or 1: each has every kind and layout."""
-    return i // KINDS % 2
+def other_kinds(n):
+    """For each kind of prompt the numbers of all of other kinds, out of n."""
+    i = np.arange(n)
+    return [i[i % KINDS != kind] for kind in range(KINDS)]
 
 
-def halves(samples):
-    """The two halves of the corpus."""
-    return [[s for i, s in enumerate(samples) if half_of(i) == half] for half in (0, 1)]
+def halves(n):
+    """The numbers of two halves of n prompts: each has every kind and layout."""
+    i = np.arange(n)
+    return [i[i // KINDS % 2 == half] for half in (0, 1)]
 
 
 def compile_tables(model, samples, name, budgets, seed, say):
@@ -464,21 +481,24 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
-        logs = [value_log(model, half, name, rules, even, budgets, rng, progress) for half in halves(samples)]
-        evidence["head_experiences"] = sum(log[..., :-1, :].size for log in logs)
-        learned, agree = learn_tables(model, samples, logs, name, rules, even, budgets, rng, progress)
-        chosen, rewards = choose(model, samples, name, budgets, list(learned.values()),  # each prompt under the other half's tables
-                                 lambda i, b, pair: (rules[b], pair[1 - half_of(i)][b], even, budgets[b]), progress, cautious=True)
-        tables = [list(learned)[i] for i in chosen]
-        W = np.stack([np.sqrt(learned[table][0][b] * learned[table][1][b]) for b, table in enumerate(tables)])
-        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, learned, rewards), dict(zip(map(str, budgets), tables))
-        shipped = {str(budget): evaluation.rank_correlation(*(half[b].ravel() for half in learned[table]))
-                   for b, (budget, table) in enumerate(zip(budgets, tables)) if table != "W = 1"}
-        evidence["rank_agreement_of_halves"] = agree | shipped
+        log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, 2, L, H + 1, A)
+        evidence["head_experiences"] = log[:, :, 0, :, :-1].size
+        losses = loss_log(model, samples, name, rules, even, budgets, rng, progress) if settings.scope == "head" else None
+        learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses])
+        learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
+        titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
+        chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: (
+            rules[b], by_kind[i % KINDS][title][b], even, budgets[b]), progress, cautious=True)
+        tables = [titles[i] for i in chosen]
+        W = np.stack([learned[table][b] for b, table in enumerate(tables)])
+        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, titles, rewards), dict(zip(map(str, budgets), tables))
+        agree = lambda table, b: evaluation.rank_correlation(*(half[table][b].ravel() for half in two))
+        evidence["rank_agreement_of_halves"] = {table: agree(table, slice(None)) for table in titles[1:]} | {
+            str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if table != "W = 1"}
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
                 + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        layers, more = learn_layers(model, samples, logs, name, rules, W, budgets, progress)
+        layers, more = learn_layers(model, samples, log, name, rules, W, budgets, progress)
         evidence |= more
         for budget, row in more.get("held_out_dnll_by_layers", {}).items():
             say(f"{name}, budget {budget}: thresholds of layers, strength {more['layers'][budget]:g}; held-out dNLL "
@@ -492,7 +512,9 @@ def compile_tables(model, samples, name, budgets, seed, say):
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (evened(half[:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, half.shape[-1]) for half in logs)  # (P, L H, A)
+        neutral, A = settings.W_grid.index(1.0), len(settings.W_grid)
+        log, held_out = (evened(priced(log[half], neutral)[:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, A)
+                         for half in halves(len(samples)))  # (P, L H, A)
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
             for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}

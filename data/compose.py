@@ -392,7 +392,7 @@ def ruler(rng, passages):
 # --------------------------------------------------------------------------------------------------------- calibration
 
 PER_KIND = 20  # calibration prompts of each kind
-SIZES = (760, 1050, 1500, 2000)  # words of a calibration prompt, about 1,100 / 1,500 / 2,200 / 2,900 tokens
+SIZES = (740, 950, 1300, 1700)  # words of a calibration prompt, about 1,200 to 3,000 tokens
 ASK = (  # (prompt, in the chat template?): wordings of a question behind a text; none occurs in the benchmarks
     ("{text}\n\n{question}", True),
     ("I have a question about the following.\n\n\"\"\"\n{text}\n\"\"\"\n\n{question} Be brief.", True),
@@ -400,10 +400,16 @@ ASK = (  # (prompt, in the chat template?): wordings of a question behind a text
     ("Please read carefully.\n\n{text}\n\nNow tell me: {question}", True),
     ("{text}\n\n{question}\nIt is written above: {lead}", False),
     ("Notes for the quiz night\n\n{text}\n\nQ. {question}\nA. {lead}", False),
+    ("You will read some texts, then a question about one of them. Give nothing but the answer, as briefly as you can.\n\n{text}\n\n"
+     "The texts end here. Give nothing but the answer.\n\n{question}\nYour answer:", True),
+    ("<texts>\n{text}\n</texts>\n\nUse only what the texts say. {question}", True),
+    ("Read the source below and reply in a few words.\n\nSource: {text}\n\nUser: {question}\nReply:", True),
 )
 TELL = (("{text}\n\nGive me the gist of the document titled {title} in two or three sentences.", True),
         ("Shorten this for a busy reader.\n\n{text}\n\nThe part to shorten is {title}.", True),
-        ("{text}\n\nAbstract of {title}\n\n{lead}", False))
+        ("{text}\n\nAbstract of {title}\n\n{lead}", False),
+        ("Below are documents. Summarise one of them in a paragraph.\n\n{text}\n\nNow write the paragraph on {title}.", True))
+STYLES = ("{title}\n\n{text}", "## {title}\n{text}", "[{n}] {title}. {text}", "<doc no=\"{n}\" title=\"{title}\">\n{text}\n</doc>")
 TOKENS = (  # a sentence that tells a code, and the question: {owner} and {code} are filled in
     ("For {owner} the combination of the safe is {code}.", "Which combination opens the safe for {owner}?"),
     ("(Dial {code} to reach {owner}.)", "What must one dial to reach {owner}?"),
@@ -416,7 +422,8 @@ GOODS = ("lamp oil", "rope", "seed potatoes", "window glass", "copper nails", "o
 def calibration(rng):
     """120 prompts of six kinds, 1,000 to 4,000 tokens, each with the right continuation; layouts differ within a kind.
 
-    Where one fact is needed, its depth walks evenly over the prompt.
+    Half of the texts are told for their own sake, half are in the manner of what one meets: papers, reports of agencies, minutes,
+    news, web pages, encyclopedias, chats, repositories. Where one fact is needed, its depth walks evenly over the prompt.
     """
     out, walk = [], 0
 
@@ -430,12 +437,13 @@ def calibration(rng):
         return SIZES[i % len(SIZES)], walk * 0.618 % 1
 
     def joined(texts):
-        return "\n\n\n".join(f"{t['title']}\n\n{t['text']}" for t in texts)
+        style = STYLES[walk // 2 % len(STYLES)]
+        return "\n\n\n".join(style.format(n=n, title=t["title"], text=t["text"]) for n, t in enumerate(texts, 1))
 
     def ask(kind, items, pool, i):
         """A question on one of the pool's texts, which stands among others; the right answer is the rest of its sentence."""
         size, depth = next_place(i)
-        wording, chat = ASK[i % len(ASK)]
+        wording, chat = ASK[walk % len(ASK)]
         target = items[i % len(items)]
         choices = [qa for qa in target["qa"] if chat or can_begin(target["text"], qa[1], 3)]
         question, answer = choices[(i * 5 + i // len(items)) % len(choices)]
@@ -457,11 +465,21 @@ def calibration(rng):
     def shorten(kind, items, i):
         """The summary of one text among others, begun in the plain layout."""
         size, depth = next_place(i)
-        wording, chat = TELL[i % len(TELL)]
+        wording, chat = TELL[walk % len(TELL)]
         target = items[i % len(items)]
         lead, rest = ("", target["summary"]) if chat else begun(target["summary"], 0, n_lead=4, n_gold=40)
         text = joined(fill(rng, [target], items, size, depth))
         add(kind, wording.format(text=text, title=target["title"], lead=lead), " " * (not chat) + rest, chat)
+
+    def find(kind, items, pool, i):
+        """The number of the text that a summary belongs to."""
+        size, depth = next_place(i)
+        target = items[i % len(items)]
+        chosen = fill(rng, [target], pool, size, depth)
+        text = "\n\n".join(f"Text {n}. {t['text']}" for n, t in enumerate(chosen, 1))
+        gist = target.get("gist") or target["summary"]
+        add(kind, f"{text}\n\nSomebody noted down what one of these texts says:\n\n{gist}\n\nWhich text was that? It was Text",
+            f" {chosen.index(target) + 1}.", False)
 
     def look_up(kind, pool, i):
         """A code that one sentence tells, among the codes of three others, in running text."""
@@ -477,11 +495,11 @@ def calibration(rng):
         """One field of one row of a table of orders, written as lines, as CSV or as JSON."""
         size, depth = next_place(i)
         rows = [{"customer": f"{syllables(rng, 2)} {syllables(rng, 2)}", "goods": rng.choice(GOODS),
-                 "amount": rng.randint(2, 98), "number": n} for n in rng.sample(range(1000, 9999), size // 15)]
+                 "amount": rng.randint(2, 98), "number": n} for n in rng.sample(range(1000, 9999), size // 17)]
         row = rows[int(depth * len(rows)) % len(rows)]
         text = ("\n".join("No. {number}: {customer} ordered {amount} lots of {goods}.".format(**r) for r in rows),
                 "number,customer,goods,amount\n" + "\n".join("{number},{customer},{goods},{amount}".format(**r) for r in rows),
-                "[" + ",\n ".join(json.dumps(r) for r in rows) + "]")[i % 3]
+                "[" + ",\n ".join(json.dumps(r) for r in rows) + "]")[i // 2 % 3]
         question, start, end = (("What did {customer} order?", "{customer} ordered", " {amount} lots of {goods}."),
                                 ("Who placed order {number}, and for what?", "Order {number} was placed by", " {customer} for {goods}."))[i % 2]
         add(kind, f"{text}\n\n{question.format(**row)}\n{start.format(**row)}", end.format(**row), False)
@@ -503,10 +521,10 @@ def calibration(rng):
     def sort_messages(kind, messages, i):
         """The desk that a message belongs to, learned from examples."""
         size, _ = next_place(i)
-        chosen = rng.sample(messages, size // 22)
+        m = rng.choice(messages)
+        chosen = fill(rng, [], [other for other in messages if other is not m], size + 50, 0)
         text = ("\n\n".join("{text}\nDesk: {label}".format(**m) for m in chosen),
                 "\n".join("[{label}] {text}".format(**m) for m in chosen))[i % 2]
-        m = rng.choice([m for m in messages if m not in chosen])
         tail = (f"\n\n{m['text']}\nDesk:", f"\nThe label of \u201c{m['text']}\u201d is [")[i % 2]
         add(kind, text + tail, (f" {m['label']}", f"{m['label']}]")[i % 2], False)
 
@@ -522,7 +540,9 @@ def calibration(rng):
         """The next lines of a file that stands behind other files; the cut walks over the file."""
         size, depth = next_place(i)
         target = files[i % len(files)]
-        others = fill(rng, [], [{**f, "text": f["code"]} for f in files if f is not target], 0.4 * size - 290, 0)
+        root = lambda f: f["path"].split("/")[0]
+        own = [f for f in files if root(f) == root(target) and f is not target]
+        others = fill(rng, [], [{**f, "text": f["code"]} for f in own or files if f is not target], 0.4 * size - 200, 0)
         lines = target["code"].strip().split("\n")
         cut = int(len(lines) * (0.6 + 0.35 * depth if others else 0.97))
         while not lines[cut].strip():
@@ -534,19 +554,29 @@ def calibration(rng):
     stories, articles, mixed = bank("calib_stories.jsonl"), bank("calib_articles.jsonl"), bank("calib_mixed.jsonl")
     facts, code, pairs = bank("calib_facts.jsonl"), bank("calib_code.jsonl"), bank("calib_pairs.jsonl")
     dialogues, messages = bank("calib_dialogues.jsonl"), bank("calib_messages.jsonl")
+    chapters, papers, agencies = bank("calib_chapters.jsonl"), bank("calib_papers.jsonl"), bank("calib_agencies.jsonl")
+    meetings, news, web = bank("calib_meetings.jsonl"), bank("calib_news.jsonl"), bank("calib_web.jsonl")
+    chats, reviews, sources = bank("calib_chats.jsonl"), bank("calib_reviews.jsonl"), bank("calib_sources.jsonl")
+    reviews = [{**m, "text": f"({m['set']}) {m['text']}"} for m in reviews]
+    entries, hops = bank("calib_entries.jsonl"), bank("calib_hops.jsonl")
     records = [m for m in mixed if m["kind"] in ("report", "transcript")]
     manuals = [m for m in mixed if m["kind"] == "instruction"]
     makers = {  # kind -> the layouts that take turns: a function and the texts it draws from
-        "narrative": [(ask, stories[6:], stories)] * 3 + [(go_on, stories), (look_up, stories)],
-        "technical": [(ask, articles[6:], articles)] * 3 + [(go_on, articles), (look_up, articles)],
-        "report": [(ask, records, records), (shorten, records), (ask, records, records), (go_on, records), (shorten, records)],
-        "dialogue": [(ask, dialogues, dialogues), (ask, manuals, manuals), (sort_messages, messages), (take_notes, dialogues),
-                     (ask, dialogues, dialogues)],
-        "code": [(write_code, code)],
-        "qa": [(ask, facts, facts), (two_steps, pairs, facts), (ledger,), (look_up, facts), (two_steps, pairs, facts)]}
+        "narrative": [(ask, stories[6:], stories), (ask, chapters, chapters), (go_on, stories), (ask, chapters, chapters),
+                      (shorten, chapters), (ask, stories[6:], stories), (ask, chapters, chapters), (look_up, chapters),
+                      (go_on, chapters), (shorten, chapters)],
+        "technical": [(ask, articles[6:], articles), (ask, papers, papers), (go_on, papers), (ask, papers, papers), (shorten, papers),
+                      (look_up, articles), (ask, papers, papers), (ask, articles[6:], articles), (shorten, papers), (go_on, articles)],
+        "report": [(ask, records, records), (shorten, agencies), (ask, meetings, meetings), (shorten, news), (ask, agencies, agencies),
+                   (shorten, meetings), (ask, news, news), (shorten, records), (go_on, agencies), (find, news, news)],
+        "dialogue": [(ask, dialogues, dialogues), (ask, web, web), (sort_messages, messages), (take_notes, chats), (ask, manuals, manuals),
+                     (sort_messages, reviews), (take_notes, dialogues), (ask, chats, chats), (shorten, web), (ask, web, web)],
+        "code": [(write_code, code), (write_code, sources)],
+        "qa": [(ask, facts, facts), (two_steps, hops, entries), (ledger,), (ask, entries, entries), (two_steps, pairs, facts),
+               (find, entries, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries), (two_steps, pairs, facts)]}
     for i in range(PER_KIND):
         for kind, layouts in makers.items():
-            make, *texts = layouts[i % len(layouts)]
+            make, *texts = layouts[(i + i // 10) % len(layouts)]  # so that every second round has every layout
             make(kind, *texts, i)
     return out
 
