@@ -120,9 +120,9 @@ def test_the_log_charges_for_places(monkeypatch):
     def moved(u, W, n_sets, budget, window, kept, values, grid):
         seen.append((budget, W.log()))
         out = torch.zeros(2, L, H + 1, A)
-        out[1] = 3 * (torch.arange(A) - A // 2)     # every action moves 3 entries a step,
-        out[0] = out[1] * (2 if budget == 60 else 5)  # of value 2, or 5 at the other budget,
-        out[0, 1, 2] *= 2  # but head 2 of layer 1 brings better ones
+        out[1] = 3 * (torch.arange(A) - A // 2)     # every action moves 3 entries a step, of value 2, or 5 at the other budget,
+        out[0] = out[1] * (2 if budget == 60 else 5) + (torch.arange(A) - A // 2 == 1)  # a little more where the next are added,
+        out[0, 1, 2] *= 2  # and head 2 of layer 1 brings better ones
         return out
 
     monkeypatch.setattr(train_tables, "moved", moved)
@@ -130,9 +130,12 @@ def test_the_log_charges_for_places(monkeypatch):
                                  np.random.default_rng(0), tqdm(disable=True))
     assert log.shape == (3, 2, 2, L, H + 1, A)
     log = train_tables.priced(log, A // 2)
-    expected = np.zeros_like(log)
-    expected[:, 0, 1, 2], expected[:, 1, 1, 2] = 2 * 3 * (np.arange(A) - A // 2), 5 * 3 * (np.arange(A) - A // 2)
-    assert np.allclose(log, expected)
+    step = np.arange(A) - A // 2
+    for b, price in enumerate((2 + 1 / 6, 5 + 1 / 6)):  # of the steps on both sides
+        plain = (price - 1 / 6) * 3 * step + (step == 1)
+        expected = np.tile(plain - price * 3 * step, (3, L, H + 1, 1))
+        expected[:, 1, 2] += plain
+        assert np.allclose(log[:, b], expected)
     assert [budget for budget, _ in seen] == [60, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
     assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
     assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
@@ -389,25 +392,36 @@ def test_both_halves_hold_every_kind_and_a_kind_is_judged_by_all_others():
         assert len(others) == 20 and kind not in others % train_tables.KINDS
 
 
-def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch):
-    """Guards against a table that is praised by the prompts it was learned from, and against a part's that ships alone."""
+@pytest.mark.parametrize("name", RULES)
+def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, name):
+    """Guards against a table that is praised by the prompts it was learned from, a part's that ships alone, and another budget's."""
     model, s = tiny_sample(9)
     samples = [dataclasses.replace(s, loss_full=float(i), risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
-    ones, seen = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
-    log = np.broadcast_to(2.0 ** np.arange(12)[:, None, None, None, None, None] / 4096, (12, 1, 2, CONFIG.n_layer, CONFIG.n_head + 1, 3))
-    monkeypatch.setattr(train_tables, "value_log", lambda *_: log)
-    monkeypatch.setattr(train_tables, "learn_tables", lambda name, log, losses: {"W = 1": ones, "value": (2 + log[:, 0, 0, 0, 0, 0].sum()) * ones})
+    L, H, seen, said = CONFIG.n_layer, CONFIG.n_head, [], 2.0 ** np.arange(12) / 4096
+    order = 0.01 * np.arange(L * H).reshape(L, H)
+
+    def learn_tables(name, log, losses):
+        told = log[:, 0, 0, 0, 0, 0].sum()
+        assert losses is None or losses[1].sum() == losses[0].sum() == told  # both rewards are of the same prompts
+        table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
+        return {"W = 1": np.ones_like(table), "value": table}
 
     def roll_out(model, sample, name, jobs):
         weights = [W[0, 0] for _, W, _, _ in jobs]
         seen.append((int(sample.loss_full), weights))
         return sample.loss_full - (np.array(weights) > 1)  # a learned table is better, by 1
 
-    monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    compiled, evidence = train_tables.compile_tables(model, samples, "compilerkv-paper", (60,), 0, lambda text: None)
-    judged = [(i, weights[1]) for i, weights in seen if len(weights) == 2]
-    assert judged == [(i, 2 + (4095 - 2.0 ** (i % 6) - 2.0 ** (i % 6 + 6)) / 4096) for i in range(12)]
-    assert (compiled.W_head == 2 + 4095 / 4096).all() and evidence["W_head"] == {"60": "value"}  # of all prompts
+    log = np.broadcast_to(said[:, None, None, None, None, None], (12, 2, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
+    for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_tables", learn_tables),
+                           ("roll_out", roll_out), ("learn_layers", lambda *_: (np.ones((2, L)), {})), ("compare_learners", lambda *_: {})):
+        monkeypatch.setattr(train_tables, function, fake)
+    compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
+    judged = [(i, weights[1], weights[3]) for i, weights in seen if len(weights) == 4]
+    told = [(4095 - 2.0 ** (i % 6) - 2.0 ** (i % 6 + 6)) / 4096 for i in range(12)]
+    assert judged == [(i, 2 + x, 5 + x) for i, x in enumerate(told)]
+    assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096) and evidence["W_head"] == {"60": "value", "70": "value"}
+    agree = evidence["rank_agreement_of_halves"]
+    assert agree["60"] == pytest.approx(1) and agree["70"] == pytest.approx(-1) and agree["value"] not in (1, -1)
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
 
 
