@@ -168,19 +168,22 @@ def moved(u, W, n_sets, budget, window, kept, values, grid):
     free = ckv.protect(s, budget, window) < torch.inf
     least = torch.where(mask_of(kept, T) & free, s, torch.inf).amin((1, 2))[:, None]  # (L, 1) the threshold: nothing moves if only protected are kept
     values = values.view(L, n_sets, -1, T).sum(2)  # (L, G, T) -> (L, n_sets, T)
-    out = torch.empty(2, L, H + 1, len(grid))
+    out = torch.zeros(2, L, H + 1, len(grid) + 1)
 
-    def book(column, over, worth):
-        """over (A, L, N): which entries an action lifts; worth (L, N)."""
-        out[0, :, column], out[1, :, column] = torch.einsum("aln,ln->la", over.float(), worth), over.sum(-1).T
+    def book(column, scores, movable, worth):
+        """Of the movable entries (L, N), each one's worth and its number, at the first action that lifts its score over the threshold."""
+        first = torch.bucketize(least / scores, grid)  # (L, N), up to A: none does
+        for total, x in zip(out, (worth * movable, movable.float())):
+            total[:, column].scatter_add_(1, first, x)
 
-    book(H, ((grid[:, None, None, None] * s >= least[:, :, None]) & free).flatten(2), values.flatten(1))
+    book(H, s.flatten(1), free.flatten(1), values.flatten(1))
     weighted, R = (W[:, :, None] * u).view(L, n_sets, -1, T), H // n_sets  # (L, n_sets, R, T)
     for h in range(H):
         g = h // R
         others = torch.cat((weighted[:, g, :h % R], weighted[:, g, h % R + 1:]), dim=1)  # (L, R - 1, T)
         mine = free[:, g] & ~(others >= least[:, :, None]).any(1)  # (L, T) entries that this head alone can lift
-        book(h, (grid[:, None, None] * weighted[:, g, h % R] >= least) & mine, values[:, g])
+        book(h, weighted[:, g, h % R], mine, values[:, g])
+    out = out[..., :-1].cumsum(-1)  # what a smaller weight lifts, a larger one lifts too
     return out - out[..., grid.tolist().index(1.0), None]
 
 
