@@ -48,7 +48,7 @@ NOISE = 0.1             # nats; differences between a prompt's roll-outs that ar
 # Strengths among which real roll-outs decide. Of heads: the log of W at a head whose larger weight surely pays in value, and
 # the standard deviation over heads of the log of the table learned from the loss. Of layers: the log of the threshold at a layer
 # whose lower threshold surely pays. They are few: the best of many would be the luckiest.
-HEAD_STEPS = ((0.0, 0.0), (0.3, 0.1), (0.6, 0.0), (0.6, 0.2))
+HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
 LAYER_STEPS = (0.0, 0.4, 0.8)
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
@@ -197,31 +197,26 @@ def random_logs(rng, n, L, G):
 
 
 def value_log(model, samples, name, rules, tau, budgets, rng, progress):
-    """The complete log of these prompts: what every action moves in every state, (P, budgets, 2, L, H + 1, A), see `moved`.
+    """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H + 1, A) nats a token.
 
-    A prompt tries them around a random W for each budget, so that the log holds in the neighbourhood of W = 1, not only there.
+    States and actions: see `moved`. A prompt tries them around a random W for each budget and around its mirror image, so that the
+    log holds in the neighbourhood of W = 1, not only there. Places are limited, so every moved entry pays the price of one: what
+    entries are worth on average, to this prompt at this budget, that the next action above and below moves where every layer takes it.
     """
-    settings, c, log = ckv.SETTINGS[name], model.config, []
+    settings, c, logs = ckv.SETTINGS[name], model.config, []
     tau, n_sets = None if tau is None else torch.as_tensor(tau, dtype=torch.float32), settings.n_sets(c.n_kv_head)
+    reach, neutral = np.log(settings.W_grid[-1]), settings.W_grid.index(1.0)  # the grid's widest step
     for sample in samples:
-        reach = np.log(settings.W_grid[-1])  # the grid's widest step
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
-            W, u = torch.from_numpy(by_head(np.exp(reach * x), c.n_head)).float(), sample.pooled(name, rules[b])  # (L, H), (L, H, T)
-            kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
-            log.append(moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid).numpy())
-        progress.update(len(budgets))
-    return np.stack(log).astype(float).reshape(len(samples), len(budgets), *log[0].shape)
-
-
-def priced(log, neutral):
-    """What every action pays in every state, nats a token: `value_log` of some prompts -> (P, budgets, L, H + 1, A).
-
-    The price of a place, one for each budget, is what entries are worth on average that the next action above and below the
-    neutral one moves where every layer takes it: places are limited, and others would fill them.
-    """
-    value, count = (log[..., -1, neutral + 1] - log[..., -1, neutral - 1]).sum((0, 3)).T  # (budgets,) each
-    price = value / np.maximum(count, 1)
-    return log[:, :, 0] - price[:, None, None, None] * log[:, :, 1]
+            u, found = sample.pooled(name, rules[b]), 0  # (L, H, T)
+            for log in (reach * x, -reach * x):
+                W = torch.from_numpy(by_head(np.exp(log), c.n_head)).float()  # (L, H)
+                kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
+                found = found + moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid)
+            value, count = (found[:, :, -1, neutral + 1] - found[:, :, -1, neutral - 1]).sum(1)
+            logs.append((found[0] - value / max(count, 1) * found[1]).numpy())
+        progress.update(2 * len(budgets))
+    return np.stack(logs).astype(float).reshape(len(samples), len(budgets), *logs[0].shape)
 
 
 def evened(r, states):
@@ -297,8 +292,7 @@ def loss_direction(logs, rewards, n_layer):
 
 def learn_tables(name, log, losses=None):
     """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
-    grid = ckv.SETTINGS[name].W_grid
-    heads = priced(log, grid.index(1.0))[..., :-1, :]  # (P, budgets, L, H, A)
+    grid, heads = ckv.SETTINGS[name].W_grid, log[..., :-1, :]  # (P, budgets, L, H, A)
     if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
         bandit = of_complete_log(heads.reshape(len(heads), -1, len(grid)))
         table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
@@ -315,10 +309,10 @@ def learn_layers(model, samples, log, name, rules, W, budgets, progress):
     How far they go at each budget is decided by prompts of another kind than those that told the direction of their log; all
     layers may keep one threshold (0).
     """
-    lowest, L, neutral = ckv.SETTINGS[name].tau_grid[0], W.shape[1], ckv.SETTINGS[name].W_grid.index(1.0)
+    lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
     if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
         return np.ones((len(budgets), L)), {}
-    learn = lambda prompts: -direction(priced(log[prompts], neutral)[..., -1, :])  # (budgets, L): a lower threshold is a larger weight
+    learn = lambda prompts: -direction(log[prompts][..., -1, :])  # (budgets, L): a lower threshold is a larger weight
     steps = [learn(prompts) for prompts in other_kinds(len(samples))]
     chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS, lambda i, b, x: (
         rules[b], W[b], lowest * np.exp(x * steps[i % KINDS][b]), budgets[b]), progress, cautious=True)
@@ -484,8 +478,8 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
-        log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, 2, L, H + 1, A)
-        evidence["head_experiences"] = log[:, :, 0, :, :-1].size
+        log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
+        evidence["head_experiences"] = log[..., :-1, :].size
         losses = loss_log(model, samples, name, rules, even, budgets, rng, progress) if settings.scope == "head" else None
         learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses])
         learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
@@ -515,8 +509,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
-        neutral, A = settings.W_grid.index(1.0), len(settings.W_grid)
-        log, held_out = (evened(priced(log[half], neutral)[:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, A)
+        log, held_out = (evened(log[half][:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, log.shape[-1])
                          for half in halves(len(samples)))  # (P, L H, A)
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}

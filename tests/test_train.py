@@ -113,30 +113,32 @@ def test_a_layer_that_keeps_only_protected_entries_moves_nothing():
 
 
 def test_the_log_charges_for_places(monkeypatch):
-    """Guards against heads that are paid for the tokens that they add, a price of another budget, and tables that are not random."""
+    """Guards against heads that are paid for tokens that they add, a price of another prompt or budget, and tables that are not random."""
     model, s = tiny_sample(5)
-    L, H, A, seen = CONFIG.n_layer, CONFIG.n_head, len(ckv.OURS.W_grid), []
+    samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(3)], []
+    L, H, A = CONFIG.n_layer, CONFIG.n_head, len(ckv.OURS.W_grid)
+    step = torch.arange(A) - A // 2
 
     def moved(u, W, n_sets, budget, window, kept, values, grid):
         seen.append((budget, W.log()))
         out = torch.zeros(2, L, H + 1, A)
-        out[1] = 3 * (torch.arange(A) - A // 2)     # every action moves 3 entries a step, of value 2, or 5 at the other budget,
-        out[0] = out[1] * (2 if budget == 60 else 5) + (torch.arange(A) - A // 2 == 1)  # a little more where the next are added,
+        out[1] = 3 * step  # every action moves 3 entries a step, of value 2, or 5 at the other budget, more of later prompts;
+        out[0] = out[1] * ((2 if budget == 60 else 5) + values) + (step == 1)  # a little more where the next are added,
         out[0, 1, 2] *= 2  # and head 2 of layer 1 brings better ones
         return out
 
+    monkeypatch.setattr(train_tables, "token_values", lambda model, sample, kept: sample.loss_full)
     monkeypatch.setattr(train_tables, "moved", moved)
-    log = train_tables.value_log(model, [s] * 3, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
+    log = train_tables.value_log(model, samples, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
                                  np.random.default_rng(0), tqdm(disable=True))
-    assert log.shape == (3, 2, 2, L, H + 1, A)
-    log = train_tables.priced(log, A // 2)
-    step = np.arange(A) - A // 2
-    for b, price in enumerate((2 + 1 / 6, 5 + 1 / 6)):  # of the steps on both sides
-        plain = (price - 1 / 6) * 3 * step + (step == 1)
-        expected = np.tile(plain - price * 3 * step, (3, L, H + 1, 1))
-        expected[:, 1, 2] += plain
-        assert np.allclose(log[:, b], expected)
-    assert [budget for budget, _ in seen] == [60, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
+    assert log.shape == (3, 2, L, H + 1, A)
+    for i, b in np.ndindex(3, 2):
+        plain = ((2, 5)[b] + i) * 3 * step.numpy() + (step == 1).numpy()
+        expected = np.tile(plain - ((2, 5)[b] + i + 1 / 6) * 3 * step.numpy(), (L, H + 1, 1))  # the price is that of the steps on both sides
+        expected[1, 2] += plain
+        assert np.allclose(log[i, b], 2 * expected)  # two tables
+    assert [budget for budget, _ in seen] == [60, 60, 70, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
+    assert all(torch.allclose(one, -other) for (_, one), (_, other) in zip(seen[::2], seen[1::2]))
     assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
     assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
 
@@ -185,7 +187,7 @@ def test_heads_take_the_action_that_clearly_pays():
     pays[:, 0] = np.where(np.arange(8) % 2, 0.9, -0.8)[:, None]  # of head 0 all actions are lucky, none is clearly better
     pays[..., neutral] = 0
     log = np.concatenate((pays.reshape(8, 1, *shape, -1), np.full((8, 1, shape[0], 1, len(grid)), 9.0)), axis=3)  # with the column of layers
-    tables = train_tables.learn_tables("compilerkv-paper", np.stack((log, 0 * log), axis=2))  # nothing moves, so that places cost nothing
+    tables = train_tables.learn_tables("compilerkv-paper", log)
     expected = grid[best].reshape(shape)
     expected[0, 0] = 1
     assert np.array_equal(tables["value"], expected[None])
@@ -196,9 +198,8 @@ def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
     """Guards against a strength of the other reward, a head that gets another's weight, and the column of layers among the heads."""
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
     value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (object(), object())
-    log = rng.normal(size=(5, 2, 2, L, H + 1, 5))
-    heads = train_tables.priced(log, 2)[..., :-1, :]
-    monkeypatch.setattr(train_tables, "direction", lambda given: value if np.array_equal(given, heads) else None)
+    log = rng.normal(size=(5, 2, L, H + 1, 5))
+    monkeypatch.setattr(train_tables, "direction", lambda given: value if np.array_equal(given, log[..., :-1, :]) else None)
     monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss if given == (*losses, L) else None)
     tables = train_tables.learn_tables("compilerkv", log, losses)
     assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["W = 1"] == 1).all()
@@ -265,9 +266,8 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch):
     model, s = tiny_sample(6)
     L, rules, W = CONFIG.n_layer, [RULES["compilerkv"]] * 2, np.ones((2, CONFIG.n_layer, CONFIG.n_head))
     samples, asked = [dataclasses.replace(s, loss_full=float(i % 2)) for i in range(24)], []
-    log = np.random.default_rng(0).normal(size=(24, 2, 2, L, CONFIG.n_head + 1, 5))  # heads tell nothing,
-    log[:, :, 0, 0, -1, -1], log[:, :, 0, 1, -1, -1] = 9, -9  # but a larger weight of all of layer 0 pays: a lower threshold
-    log[:, :, 1] = 0  # nothing moves, so that places cost nothing
+    log = np.random.default_rng(0).normal(size=(24, 2, L, CONFIG.n_head + 1, 5))  # heads tell nothing,
+    log[..., 0, -1, -1], log[..., 1, -1, -1] = 9, -9  # but a larger weight of all of layer 0 pays: a lower threshold
 
     def roll_out(model, sample, name, jobs):
         asked.append([tau for _, _, tau, _ in jobs])
@@ -294,7 +294,6 @@ def test_layers_are_judged_by_other_kinds_and_learned_from_all(monkeypatch):
     """Guards against thresholds that are praised by the prompts they were learned from, and against a part's that ship alone."""
     model, s = tiny_sample(6)
     samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)], {}
-    monkeypatch.setattr(train_tables, "priced", lambda log, neutral: log)
     monkeypatch.setattr(train_tables, "direction", lambda log: log.sum() * np.array([[-1.0, 1.0]]))  # prompt i says 2 ** i
 
     def roll_out(model, sample, name, jobs):
@@ -401,7 +400,7 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     order = 0.01 * np.arange(L * H).reshape(L, H)
 
     def learn_tables(name, log, losses):
-        told = log[:, 0, 0, 0, 0, 0].sum()
+        told = log[:, 0, 0, 0, 0].sum()
         assert losses is None or losses[1].sum() == losses[0].sum() == told  # both rewards are of the same prompts
         table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
         return {"W = 1": np.ones_like(table), "value": table}
@@ -411,7 +410,7 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
         seen.append((int(sample.loss_full), weights))
         return sample.loss_full - (np.array(weights) > 1)  # a learned table is better, by 1
 
-    log = np.broadcast_to(said[:, None, None, None, None, None], (12, 2, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
+    log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
     for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_tables", learn_tables),
                            ("roll_out", roll_out), ("learn_layers", lambda *_: (np.ones((2, L)), {})), ("compare_learners", lambda *_: {})):
         monkeypatch.setattr(train_tables, function, fake)
@@ -441,7 +440,7 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
 
     def value_log(model, samples, name, rules, tau, *_):
         taus.append(tau)
-        return np.zeros((12, 1, 2, CONFIG.n_layer, CONFIG.n_head + 1, 3))
+        return np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 3))
 
     def loss_log(model, samples, name, rules, tau, *_):
         taus.append(tau)
