@@ -208,11 +208,11 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     reach, neutral = np.log(settings.W_grid[-1]), settings.W_grid.index(1.0)  # the grid's widest step
     for sample in samples:
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
-            u, found = sample.pooled(name, rules[b]), 0  # (L, H, T)
-            for log in (reach * x, -reach * x):
+            u, found = sample.pooled(name, rules[b]), torch.zeros(2, c.n_layer, c.n_head + 1, len(settings.W_grid))  # u (L, H, T)
+            for log in (reach * x, -reach * x) if budgets[b] > rules[b][0] + ckv.SINKS else ():  # else only protected entries fit: none can move
                 W = torch.from_numpy(by_head(np.exp(log), c.n_head)).float()  # (L, H)
                 kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
-                found = found + moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid)
+                found += moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid)
             value, count = (found[:, :, -1, neutral + 1] - found[:, :, -1, neutral - 1]).sum(1)
             logs.append((found[0] - value / max(count, 1) * found[1]).numpy())
         progress.update(2 * len(budgets))
@@ -229,8 +229,8 @@ def evened(r, states):
 
 
 def lent(n):
-    """What each of n budgets counts for each, (n, n): neighbours lend half of what they saw, those two steps apart a quarter."""
-    return 0.5 ** np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+    """What each of n budgets counts for each, (n, n): neighbours lend 0.7 of what they saw, those two steps apart half of it."""
+    return 0.7 ** np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
 
 
 def of_complete_log(log):

@@ -392,7 +392,7 @@ def ruler(rng, passages):
 # --------------------------------------------------------------------------------------------------------- calibration
 
 PER_KIND = 20  # calibration prompts of each kind
-SIZES = (740, 950, 1300, 1700)  # words of a calibration prompt, about 1,200 to 3,000 tokens
+SIZES = (740, 900, 1150, 1500)  # words of a calibration prompt, about 1,200 to 2,700 tokens
 ASK = (  # (prompt, in the chat template?): wordings of a question behind a text; none occurs in the benchmarks
     ("{text}\n\n{question}", True),
     ("I have a question about the following.\n\n\"\"\"\n{text}\n\"\"\"\n\n{question} Be brief.", True),
