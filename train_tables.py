@@ -209,8 +209,8 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     for sample in samples:
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
             u, found = sample.pooled(name, rules[b]), torch.zeros(2, c.n_layer, c.n_head + 1, len(settings.W_grid))  # u (L, H, T)
-            for log in (reach * x, -reach * x) if budgets[b] > rules[b][0] + ckv.SINKS else ():  # else only protected entries fit: none can move
-                W = torch.from_numpy(by_head(np.exp(log), c.n_head)).float()  # (L, H)
+            for side in (reach, -reach) if budgets[b] > rules[b][0] + ckv.SINKS else ():  # else only protected entries fit, and none can move
+                W = torch.from_numpy(by_head(np.exp(side * x), c.n_head)).float()  # (L, H)
                 kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
                 found += moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid)
             value, count = (found[:, :, -1, neutral + 1] - found[:, :, -1, neutral - 1]).sum(1)
@@ -283,9 +283,9 @@ def loss_direction(logs, rewards, n_layer):
     """
     steps = []
     for weight in np.sqrt(lent(rewards.shape[1])):  # (budgets,): a regression counts the squares
-        x, r = ((weight.reshape(-1, *(1,) * (a.ndim - 2)) * a).reshape(rewards.size, -1) for a in (logs, rewards))
+        x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, N, L G) -> (P budgets N, L G)
         bandit = LinUCB(x, 1)
-        bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), r[:, 0])
+        bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), (weight[:, None] * rewards).ravel())
         steps.append(bandit.theta()[0].reshape(n_layer, -1))
     return np.stack([step / (step.std() + 1e-12) for step in steps])
 

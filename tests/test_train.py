@@ -116,12 +116,11 @@ def test_the_log_charges_for_places(monkeypatch):
     """Guards against heads that are paid for tokens that they add, a price of another prompt or budget, and tables that are not random."""
     model, s = tiny_sample(5)
     samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(3)], []
-    L, H, A = CONFIG.n_layer, CONFIG.n_head, len(ckv.OURS.W_grid)
-    step = torch.arange(A) - A // 2
+    L, H = CONFIG.n_layer, CONFIG.n_head
 
     def moved(u, W, n_sets, budget, window, kept, values, grid):
         seen.append((budget, W.log()))
-        out = torch.zeros(2, L, H + 1, A)
+        step, out = torch.arange(len(grid)) - grid.index(1.0), torch.zeros(2, L, H + 1, len(grid))
         out[1] = 3 * step  # every action moves 3 entries a step, of value 2, or 5 at the other budget, more of later prompts;
         out[0] = out[1] * ((2 if budget == 60 else 5) + values) + (step == 1)  # a little more where the next are added,
         out[0, 1, 2] *= 2  # and head 2 of layer 1 brings better ones
@@ -131,7 +130,8 @@ def test_the_log_charges_for_places(monkeypatch):
     monkeypatch.setattr(train_tables, "moved", moved)
     log = train_tables.value_log(model, samples, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
                                  np.random.default_rng(0), tqdm(disable=True))
-    assert log.shape == (3, 2, L, H + 1, A)
+    step = torch.arange(-2, 3)
+    assert log.shape == (3, 2, L, H + 1, len(step))
     for i, b in np.ndindex(3, 2):
         plain = ((2, 5)[b] + i) * 3 * step.numpy() + (step == 1).numpy()
         expected = np.tile(plain - ((2, 5)[b] + i + 1 / 6) * 3 * step.numpy(), (L, H + 1, 1))  # the price is that of the steps on both sides
@@ -141,6 +141,9 @@ def test_the_log_charges_for_places(monkeypatch):
     assert all(torch.allclose(one, -other) for (_, one), (_, other) in zip(seen[::2], seen[1::2]))
     assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
     assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
+    seen.clear()
+    log = train_tables.value_log(model, samples, "compilerkv-paper", [RULES["compilerkv-paper"]] * 2, None, (68, 70), np.random.default_rng(0), tqdm(disable=True))
+    assert [budget for budget, _ in seen] == [70] * 6 and not log[:, 0].any() and log[:, 1].any()  # at 68 tokens window and sinks are all
 
 
 def test_a_direction_is_how_surely_a_larger_weight_pays():
