@@ -3,12 +3,12 @@
 1. Collect. Every calibration prompt is prefilled once.
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
-3. Heads, from two rewards. The value: a pass over the right continuation and back through the network
-   tells of every cache entry, kept or not, by how much the loss would fall with it, to first order. In state (budget, layer,
-   head), W_head is multiplied by a value of the grid, and the reward is the value of the entries that this lifts over the
-   threshold, less the price of their places; one pass serves every state and action. The loss: random tables are rolled out for
-   real, and all heads of a table share its reward. Layers compete meanwhile, as under the gate, but with one threshold that
-   every token reaches: under a higher one, a head would be paid for the tokens that a larger W adds.
+3. Heads, from two rewards. The value: a pass over the right continuation and back through the network tells of every cache entry,
+   kept or not, by how much the loss would fall with it, to first order. In state (budget, layer, head), W_head is multiplied by a
+   value of the grid, and the reward is the value of the entries that this lifts over the threshold, less the price of their places;
+   one pass serves every state and action. The loss: random tables are rolled out for real, and all heads of a table share its
+   reward. Layers compete meanwhile, as under the gate, but with one threshold that every token reaches: under a higher one, a head
+   would be paid for the tokens that a larger W adds.
 4. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
    a bandit chooses for each budget; W = 1 stays unless the best is better by more than one standard error. What ships is learned
    from all prompts.
