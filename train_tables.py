@@ -509,11 +509,11 @@ def compile_tables(model, samples, name, budgets, seed, say):
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
-        log, held_out = (evened(log[half][:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, log.shape[-1])
-                         for half in halves(len(samples)))  # (P, L H, A)
+        stream, held_out = (evened(log[half][:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, log.shape[-1])
+                            for half in halves(len(samples)))  # (P, L H, A)
         evidence["learners"] = {"budget": budgets[b], **{
             who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
-            for who, (regret, reward) in compare_learners(log, held_out, seed).items()}}
+            for who, (regret, reward) in compare_learners(stream, held_out, seed).items()}}
         for who, result in list(evidence["learners"].items())[1:]:
             say(f"learner {who}, budget {budgets[b]}: cumulative regret "
                 f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")

@@ -471,11 +471,11 @@ def calibration(rng):
         text = joined(fill(rng, [target], items, size, depth))
         add(kind, wording.format(text=text, title=target["title"], lead=lead), " " * (not chat) + rest, chat)
 
-    def find(kind, items, pool, i):
+    def find(kind, items, i):
         """The number of the text that a summary belongs to."""
         size, depth = next_place(i)
         target = items[i % len(items)]
-        chosen = fill(rng, [target], pool, size, depth)
+        chosen = fill(rng, [target], items, size, depth)
         text = "\n\n".join(f"Text {n}. {t['text']}" for n, t in enumerate(chosen, 1))
         gist = target.get("gist") or target["summary"]
         add(kind, f"{text}\n\nSomebody noted down what one of these texts says:\n\n{gist}\n\nWhich text was that? It was Text",
@@ -568,12 +568,12 @@ def calibration(rng):
         "technical": [(ask, articles[6:], articles), (ask, papers, papers), (go_on, papers), (ask, papers, papers), (shorten, papers),
                       (look_up, articles), (ask, papers, papers), (ask, articles[6:], articles), (shorten, papers), (go_on, articles)],
         "report": [(ask, records, records), (shorten, agencies), (ask, meetings, meetings), (shorten, news), (ask, agencies, agencies),
-                   (shorten, meetings), (ask, news, news), (shorten, records), (go_on, agencies), (find, news, news)],
+                   (shorten, meetings), (ask, news, news), (shorten, records), (go_on, agencies), (find, news)],
         "dialogue": [(ask, dialogues, dialogues), (ask, web, web), (sort_messages, messages), (take_notes, chats), (ask, manuals, manuals),
                      (sort_messages, reviews), (take_notes, dialogues), (ask, chats, chats), (shorten, web), (ask, web, web)],
         "code": [(write_code, code), (write_code, sources)],
         "qa": [(ask, facts, facts), (two_steps, hops, entries), (ledger,), (ask, entries, entries), (two_steps, pairs, facts),
-               (find, entries, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries), (two_steps, pairs, facts)]}
+               (find, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries), (two_steps, pairs, facts)]}
     for i in range(PER_KIND):
         for kind, layouts in makers.items():
             make, *texts = layouts[(i + i // 10) % len(layouts)]  # so that every second round has every layout
