@@ -136,7 +136,8 @@ def token_values(model, sample, kept):
     small = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
     positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
-    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])  # (G, R, n, D), (G, S, D) -> (G, R, n, S)
+    # (G, R, n, D), (G, S, D) -> (G, R, n, S)
+    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])
     x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
     for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
         q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(G, -1, n, D) / D ** 0.5
@@ -154,7 +155,8 @@ def token_values(model, sample, kept):
     for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (G, R, n, 1)
         k, v, _ = (part[0] for part in sample.cache.layer(l))  # of all: (G, T, D)
         joins = along(q, k).sub_(total).sigmoid_()  # (G, R, n, T)
-        values[l] = -joins.mul_(along(o.grad, v).sub_((o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32))).sum((1, 2)).cpu()  # -> (G, T)
+        before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # (G, R, n, 1)
+        values[l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((1, 2)).cpu()  # -> (G, T)
     return values
 
 
@@ -489,6 +491,35 @@ def halves(n):
     return [i[i // KINDS % 2 == half] for half in (0, 1)]
 
 
+def choose_tables(model, samples, name, rules, log, losses, even, budgets, progress):
+    """W_head (budgets, L, H), what multiplies the thresholds of layers (budgets, L), and the evidence as a dict.
+
+    Every prompt judges the candidates that the other kinds of prompts made; those of all prompts ship. even (L,): one threshold for
+    all layers, or None where they do not compete.
+    """
+    some = [s for i, s in enumerate(samples) if i // KINDS % 4 == 0]  # of all kinds; no loss is read from them
+    scaled = None if even is None else size_keeper(some, name, rules, even, budgets)
+    learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses], scaled)
+    learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
+    titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
+
+    def job_of(i, b, title):
+        W, layers = by_kind[i % KINDS][title]
+        return rules[b], W[b], None if even is None else even * layers[b], budgets[b]
+
+    chosen, rewards = choose(model, samples, name, budgets, titles, job_of, progress, cautious=True)
+    tables = [titles[i] for i in chosen]
+    W, layers = (np.stack([learned[table][part][b] for b, table in enumerate(tables)]) for part in (0, 1))
+    agree = lambda table, b: evaluation.rank_correlation(*(within_layers(half[table][0][b]).ravel() for half in two))
+    evidence = {"held_out_dnll_by_table": named(budgets, titles, rewards), "tables": dict(zip(map(str, budgets), tables)),
+                "rank_agreement_of_halves": {
+                    table: agree(table, slice(None)) for table in titles if "W = 1" not in table and "layers" not in table} | {
+                    str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if "W = 1" not in table}}
+    if even is not None:  # the last candidate's layers differ
+        evidence["rank_agreement_of_halves_layers"] = evaluation.rank_correlation(*(half[titles[-1]][1].ravel() for half in two))
+    return W, layers, evidence
+
+
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
@@ -505,26 +536,8 @@ def compile_tables(model, samples, name, budgets, seed, say):
         log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
         evidence["head_experiences"] = log[..., :-1, :].size
         losses = loss_log(model, samples, name, rules, even, budgets, rng, progress) if settings.scope == "head" else None
-        some = [s for i, s in enumerate(samples) if i // KINDS % 4 == 0]  # of all kinds; no loss is read from them
-        scaled = None if even is None else size_keeper(some, name, rules, even, budgets)
-        learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses], scaled)
-        learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
-        titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
-
-        def job_of(i, b, title):
-            W, layers = by_kind[i % KINDS][title]
-            return rules[b], W[b], None if even is None else even * layers[b], budgets[b]
-
-        chosen, rewards = choose(model, samples, name, budgets, titles, job_of, progress, cautious=True)
-        tables = [titles[i] for i in chosen]
-        W, layers = (np.stack([learned[table][part][b] for b, table in enumerate(tables)]) for part in (0, 1))
-        evidence["held_out_dnll_by_table"], evidence["tables"] = named(budgets, titles, rewards), dict(zip(map(str, budgets), tables))
-        agree = lambda table, b: evaluation.rank_correlation(*(within_layers(half[table][0][b]).ravel() for half in two))
-        evidence["rank_agreement_of_halves"] = {
-            table: agree(table, slice(None)) for table in titles if "W = 1" not in table and "layers" not in table} | {
-            str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if "W = 1" not in table}
-        if even is not None:
-            evidence["rank_agreement_of_halves_layers"] = evaluation.rank_correlation(*(half[titles[-1]][1].ravel() for half in two))
+        W, layers, more = choose_tables(model, samples, name, rules, log, losses, even, budgets, progress)
+        evidence |= more
         for budget, row in evidence["held_out_dnll_by_table"].items():
             say(f"{name}, budget {budget}: {evidence['tables'][budget]}; held-out dNLL "
                 + "; ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
