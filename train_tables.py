@@ -9,14 +9,13 @@
    one pass serves every state and action. The loss: random tables are rolled out for real, and all heads of a table share its
    reward. Layers compete meanwhile, as under the gate, but with one threshold that every token reaches: under a higher one, a head
    would be paid for the tokens that a larger W adds.
-4. Layers, where they compete (ours). The ratios of T_gate over layers share tokens out: they are learned like the heads, from the
-   value of what a layer's threshold moves. Heads decide within a layer only: each layer of W_head is scaled to keep as many tokens
-   as without it.
-5. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, heads and layers at several
-   strengths, and a bandit chooses for each budget; W = 1 and one threshold stay unless the best is better by more than one standard
-   error. What ships is learned from all prompts.
-6. Gate, given the heads and the layers. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the
-   reward is the paper's, of real roll-outs: the loss, and the penalty for candidates beyond the budget.
+4. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
+   a bandit chooses for each budget; W = 1 stays unless the best is better by more than one standard error. What ships is learned
+   from all prompts.
+5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like
+   the heads, from the value of what a layer's threshold moves, and roll-outs decide how far they go. Then, in state (budget,
+   entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss,
+   and the penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -49,7 +48,7 @@ NOISE = 0.1             # nats; differences between a prompt's roll-outs that ar
 # Strengths among which real roll-outs decide. Of heads: the log of W at a head whose larger weight surely pays in value, and
 # the standard deviation over heads of the log of the table learned from the loss. Of layers: the log of the threshold at a layer
 # whose lower threshold surely pays. They are few: the best of many would be the luckiest.
-HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.6, 0.2))
+HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
 LAYER_STEPS = (0.0, 0.4, 0.8)
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
@@ -136,27 +135,25 @@ def token_values(model, sample, kept):
     small = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
     positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
-    # (G, R, n, D), (G, S, D) -> (G, R, n, S)
-    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])
     x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
-    for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
-        q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(G, -1, n, D) / D ** 0.5
-        k, v, slots = (part[0] for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
-        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
-        z = along(q, k).masked_fill(~seen, -torch.inf)
-        o = (torch.softmax(z, -1).to(v.dtype).flatten(1, 2) @ v).view_as(q)  # (G, R n, S) @ (G, S, D) -> (G, R, n, D)
-        o.retain_grad()
-        layers.append((q.detach(), z.detach().logsumexp(-1, keepdim=True), o))
-        x = x + linear(o.view(1, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (1, H, n, D) -> (1, n, E)
-        gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
-        x = x + linear(F.silu(gate) * up, block.down)
+    for l, block in enumerate(model.blocks):  # as in Model.forward, but nothing is written over: the way back needs it
+        y, q = model.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin)
+        y.retain_grad()
+        layers.append((y, q[0].detach() / D ** 0.5))
+        gate, up = linear(rms_norm(x + y, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
+        x = x + y + linear(F.silu(gate) * up, block.down)
     logits = model.logits(rms_norm(x, model.norm, c.norm_eps))[0]  # (n, V)
     (F.cross_entropy(logits, torch.tensor(ids[1:], device=model.device), reduction="sum") / len(ids)).backward()
-    for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (G, R, n, 1)
+    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])  # (H, n, D), (G, S, D) -> (G, R, n, S)
+    for l, (y, q) in enumerate(layers):
+        slope = linear(y.grad[0], model.blocks[l].out.T).view(n, c.n_head, D).transpose(0, 1)  # d loss / d o: (n, E) -> (H, n, D)
+        k, v, slots = (part[0].detach() for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
+        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
+        z = along(q, k).masked_fill_(~seen, -torch.inf)
+        o = (torch.softmax(z, -1) * along(slope, v)).sum(-1, keepdim=True)  # slope o: (G, R, n, 1)
         k, v, _ = (part[0] for part in sample.cache.layer(l))  # of all: (G, T, D)
-        joins = along(q, k).sub_(total).sigmoid_()  # (G, R, n, T)
-        before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # (G, R, n, 1)
-        values[l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((1, 2)).cpu()  # -> (G, T)
+        joins = along(q, k).sub_(z.logsumexp(-1, keepdim=True)).sigmoid_()  # (G, R, n, T)
+        values[l] = -joins.mul_(along(slope, v).sub_(o)).sum((1, 2)).cpu()  # -> (G, T)
     return values
 
 
@@ -293,59 +290,36 @@ def loss_direction(logs, rewards, n_layer):
     return np.stack([step / (step.std() + 1e-12) for step in steps])
 
 
-def within_layers(W):
-    """log W_head (..., L, H), counted from its mean in each layer: what heads decide, whatever scale the layer has."""
-    logs = np.log(W)
-    return logs - logs.mean(-1, keepdims=True)
-
-
-def size_keeper(samples, name, rules, tau, budgets):
-    """A function that scales the layers of a W_head (budgets, L, H) so that each keeps as many tokens of these prompts as under W = 1.
-
-    So heads decide within a layer, thresholds between layers. A layer's factor is the geometric mean, over the prompts, of the
-    ratio of the scores that only just find a place. tau (L,): thresholds meanwhile, with layers that compete.
-    """
-    settings, G, L, marks = ckv.SETTINGS[name], samples[0].cache.k[0].shape[1], len(samples[0].cache.k), []
-    n_sets, tau = settings.n_sets(G), torch.as_tensor(tau, dtype=torch.float32)
-
-    def last(u, W, b, n):  # log of the n-th highest score of every layer, n (L, 1) -> (L,)
-        s = ckv.protect(ckv.head_score(u, W, n_sets), budgets[b], rules[b][0]).flatten(1)  # (L, n_sets T)
-        return s.sort(-1, descending=True).values.gather(1, n - 1)[:, 0].clamp(1e-6, 1e6).log().numpy()  # infinite: only protected are kept
-
-    for sample in samples:
-        for b, budget in enumerate(budgets):
-            u = sample.pooled(name, rules[b])  # (L, H, T)
-            one = torch.ones(u.shape[:2])
-            sizes = ckv.tokens_kept(ckv.kept_tokens(u, one, tau, budget, rules[b][0], n_sets, settings.cap))
-            n = torch.from_numpy(n_sets * sizes).round().long()[:, None]  # (L, 1)
-            marks.append((b, u, n, last(u, one, b, n)))
-
-    def scaled(W):
-        factor = np.zeros((len(budgets), L))
-        for b, u, n, plain in marks:
-            factor[b] += (plain - last(u, torch.from_numpy(W[b]).float(), b, n)) / len(samples)
-        return W * np.exp(factor)[..., None]
-
-    return scaled
-
-
-def learn_tables(name, log, losses=None, scaled=None):
-    """Candidates from what some prompts paid: {what it is: (W_head (budgets, L, H), what multiplies the layers' thresholds (budgets, L))}.
-
-    log: `value_log`; losses: `loss_log`; scaled: of `size_keeper`. The last two where layers compete.
-    """
+def learn_tables(name, log, losses=None):
+    """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
     grid, heads = ckv.SETTINGS[name].W_grid, log[..., :-1, :]  # (P, budgets, L, H, A)
-    one, even = np.ones(heads.shape[1:-1]), np.ones(heads.shape[1:3])
-    if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1; a layer's tokens are its own
+    if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
         bandit = of_complete_log(heads.reshape(len(heads), -1, len(grid)))
-        return {"W = 1": (one, even), "value": (np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(one.shape), even)}
-    value, layers = direction(heads), -direction(log[..., -1, :])  # (budgets, L, H), (budgets, L): a lower threshold is a larger weight
-    loss, tables = by_head(loss_direction(*losses, heads.shape[2]), heads.shape[3]), {}  # (budgets, L, H)
-    for x, y in HEAD_STEPS:
-        W = scaled(np.exp(x * value + y * loss))
-        title = ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
-        tables |= {title + (f", layers {z:g}" if z else ""): (W, np.exp(z * layers)) for z in LAYER_STEPS}
-    return tables
+        table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
+        return {"W = 1": np.ones_like(table), "value": table}
+    value = direction(heads)  # (budgets, L, H)
+    loss = by_head(loss_direction(*losses, heads.shape[2]), heads.shape[3])  # (budgets, L, H)
+    title = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
+    return {title(x, y): np.exp(x * value + y * loss) for x, y in HEAD_STEPS}
+
+
+def learn_layers(model, samples, log, name, rules, W, budgets, progress):
+    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence. log: `value_log`.
+
+    How far they go at each budget is decided by prompts of another kind than those that told the direction of their log; all
+    layers may keep one threshold (0).
+    """
+    lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
+    if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
+        return np.ones((len(budgets), L)), {}
+    learn = lambda prompts: -direction(log[prompts][..., -1, :])  # (budgets, L): a lower threshold is a larger weight
+    steps = [learn(prompts) for prompts in other_kinds(len(samples))]
+    chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS, lambda i, b, x: (
+        rules[b], W[b], lowest * np.exp(x * steps[i % KINDS][b]), budgets[b]), progress, cautious=True)
+    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*(learn(half).ravel() for half in halves(len(samples)))),
+                "held_out_dnll_by_layers": named(budgets, LAYER_STEPS, rewards),
+                "layers": {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}}
+    return np.exp(np.array(LAYER_STEPS)[chosen, None] * learn(slice(None))), evidence
 
 
 def named(budgets, actions, rewards):
@@ -491,35 +465,6 @@ def halves(n):
     return [i[i // KINDS % 2 == half] for half in (0, 1)]
 
 
-def choose_tables(model, samples, name, rules, log, losses, even, budgets, progress):
-    """W_head (budgets, L, H), what multiplies the thresholds of layers (budgets, L), and the evidence as a dict.
-
-    Every prompt judges the candidates that the other kinds of prompts made; those of all prompts ship. even (L,): one threshold for
-    all layers, or None where they do not compete.
-    """
-    some = [s for i, s in enumerate(samples) if i // KINDS % 4 == 0]  # of all kinds; no loss is read from them
-    scaled = None if even is None else size_keeper(some, name, rules, even, budgets)
-    learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses], scaled)
-    learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
-    titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
-
-    def job_of(i, b, title):
-        W, layers = by_kind[i % KINDS][title]
-        return rules[b], W[b], None if even is None else even * layers[b], budgets[b]
-
-    chosen, rewards = choose(model, samples, name, budgets, titles, job_of, progress, cautious=True)
-    tables = [titles[i] for i in chosen]
-    W, layers = (np.stack([learned[table][part][b] for b, table in enumerate(tables)]) for part in (0, 1))
-    agree = lambda table, b: evaluation.rank_correlation(*(within_layers(half[table][0][b]).ravel() for half in two))
-    evidence = {"held_out_dnll_by_table": named(budgets, titles, rewards), "tables": dict(zip(map(str, budgets), tables)),
-                "rank_agreement_of_halves": {
-                    table: agree(table, slice(None)) for table in titles if "W = 1" not in table and "layers" not in table} | {
-                    str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if "W = 1" not in table}}
-    if even is not None:  # the last candidate's layers differ
-        evidence["rank_agreement_of_halves_layers"] = evaluation.rank_correlation(*(half[titles[-1]][1].ravel() for half in two))
-    return W, layers, evidence
-
-
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
@@ -536,11 +481,25 @@ def compile_tables(model, samples, name, budgets, seed, say):
         log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
         evidence["head_experiences"] = log[..., :-1, :].size
         losses = loss_log(model, samples, name, rules, even, budgets, rng, progress) if settings.scope == "head" else None
-        W, layers, more = choose_tables(model, samples, name, rules, log, losses, even, budgets, progress)
-        evidence |= more
+        learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses])
+        learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
+        titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
+        chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: (
+            rules[b], by_kind[i % KINDS][title][b], even, budgets[b]), progress, cautious=True)
+        tables = [titles[i] for i in chosen]
+        W = np.stack([learned[table][b] for b, table in enumerate(tables)])
+        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, titles, rewards), dict(zip(map(str, budgets), tables))
+        agree = lambda table, b: evaluation.rank_correlation(*(half[table][b].ravel() for half in two))
+        evidence["rank_agreement_of_halves"] = {table: agree(table, slice(None)) for table in titles[1:]} | {
+            str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if table != "W = 1"}
         for budget, row in evidence["held_out_dnll_by_table"].items():
-            say(f"{name}, budget {budget}: {evidence['tables'][budget]}; held-out dNLL "
-                + "; ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
+            say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
+                + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
+        layers, more = learn_layers(model, samples, log, name, rules, W, budgets, progress)
+        evidence |= more
+        for budget, row in more.get("held_out_dnll_by_layers", {}).items():
+            say(f"{name}, budget {budget}: thresholds of layers, strength {more['layers'][budget]:g}; held-out dNLL "
+                + ", ".join(f"{strength} {dnll:.3f}" for strength, dnll in row.items()))
         T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, layers, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
@@ -605,9 +564,9 @@ def heat_maps(compiled, evidence, budgets, stem):
         evaluation.save_figure(figure, stem.with_name(f"{stem.name}-{name}.png"))
 
     for name, c in compiled.items():
-        logs = within_layers(c.W_head) / np.log(2)
+        logs = np.log2(c.W_head)
         bound = max(float(np.abs(logs).max()), 0.1)
-        draw(logs, f"{name}-W_head", f"{name}: log2 W_head within its layer (red: the head counts more)", "query head", (-bound, bound),
+        draw(logs, f"{name}-W_head", f"{name}: log2 W_head (red: the head counts more)", "query head", (-bound, bound),
              "RdBu_r")
         flat = c.T_gate.transpose(0, 1, 3, 2).reshape(*c.T_gate.shape[:2], -1)  # (budgets, L, 20, 4) -> (budgets, L, 4 x 20)
         logs = np.log2(np.maximum(flat, 0.25))  # tau = 0, keep all, is drawn as 0.25
@@ -620,14 +579,13 @@ def describe(name, compiled, evidence, budgets, retrieval, say):
     """Print what was learned; retrieval (L, H): see ckv.Tables."""
     for b, budget in enumerate(budgets):
         W, T, row = compiled.W_head[b], compiled.T_gate[b], evidence["check"][str(budget)]
-        ratios = np.exp(within_layers(W))  # (L, H)
-        best = np.dstack(np.unravel_index(np.argsort(-ratios, axis=None, kind="stable")[:3], W.shape))[0]
-        heads = ", ".join(f"layer {l} head {h} ({ratios[l, h]:.2f})" for l, h in best)
-        rho = evaluation.rank_correlation(ratios.ravel(), retrieval.ravel())
+        best = np.dstack(np.unravel_index(np.argsort(-W, axis=None, kind="stable")[:3], W.shape))[0]
+        heads = ", ".join(f"layer {l} head {h} ({W[l, h]:.2f})" for l, h in best)
+        rho = evaluation.rank_correlation(W.ravel(), retrieval.ravel())
         ratio = np.median(T, (1, 2)) / np.median(T)  # (L,)
         low = "".join(f", layer {l} {ratio[l]:.2f} of it" for l in np.argsort(ratio, kind="stable")[:3] if ratio[l] < 1)
-        say(f"{name}, budget {budget}: W_head, against the mean of its layer, {ratios.min():.2f} to {ratios.max():.2f}, highest {heads}, rank "
-            f"correlation with retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}{low}; "
+        say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}, rank correlation with "
+            f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}{low}; "
             f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
             f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")

@@ -193,44 +193,21 @@ def test_heads_take_the_action_that_clearly_pays():
     tables = train_tables.learn_tables("compilerkv-paper", log)
     expected = grid[best].reshape(shape)
     expected[0, 0] = 1
-    assert list(tables) == ["W = 1", "value"] and np.array_equal(tables["value"][0], expected[None])
-    assert (tables["W = 1"][0] == 1).all() and tables["W = 1"][0].shape == (1, *shape)
-    assert all((layers == 1).all() and layers.shape == (1, shape[0]) for _, layers in tables.values())  # layers do not compete
+    assert np.array_equal(tables["value"], expected[None])
+    assert (tables["W = 1"] == 1).all() and tables["W = 1"].shape == (1, *shape)
 
 
 def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
-    """Guards against a strength of the other reward, a head that gets another's weight, and a sign of the layers' thresholds."""
+    """Guards against a strength of the other reward, a head that gets another's weight, and the column of layers among the heads."""
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
-    value, layers, loss, losses = rng.normal(size=(2, L, H)), rng.normal(size=(2, L)), 3 * rng.normal(size=(2, L, G)), (object(), object())
+    value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (object(), object())
     log = rng.normal(size=(5, 2, L, H + 1, 5))
-    told = lambda given: value if np.array_equal(given, log[..., :-1, :]) else layers if np.array_equal(given, log[..., -1, :]) else None
-    monkeypatch.setattr(train_tables, "direction", told)
+    monkeypatch.setattr(train_tables, "direction", lambda given: value if np.array_equal(given, log[..., :-1, :]) else None)
     monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss if given == (*losses, L) else None)
-    tables = train_tables.learn_tables("compilerkv", log, losses, lambda W: 2 * W)
-    assert len(tables) == len(train_tables.HEAD_STEPS) * len(train_tables.LAYER_STEPS) and list(tables)[0] == "W = 1"
-    assert (tables["W = 1"][0] == 2).all() and (tables["W = 1"][1] == 1).all()  # every table is scaled
-    W, thresholds = tables["value 0.6, loss 0.2, layers 0.4"]
-    assert np.allclose(np.log(W / 2), 0.6 * value + 0.2 * loss[:, :, [0, 0, 1, 1]])
-    assert np.allclose(np.log(thresholds), -0.4 * layers)  # a layer whose larger weight pays has a lower threshold
-    assert np.allclose(np.log(tables["value 0.6, layers 0.8"][0] / 2), 0.6 * value)
-
-
-def test_heads_do_not_move_tokens_between_layers():
-    """Guards against a layer that keeps more because its heads weigh more, and against ratios of heads that are lost with it."""
-    rng, budgets, even = np.random.default_rng(1), (60, 90), np.full(CONFIG.n_layer, ckv.OURS.tau_grid[0])
-    samples, rules = [tiny_sample(i)[1] for i in range(6)], [RULES["compilerkv"]] * 2
-    W = np.exp(rng.normal(size=(2, CONFIG.n_layer, CONFIG.n_head))) * np.array([[[3.0], [1.0]], [[1.0], [5.0]]])
-    scaled = train_tables.size_keeper(samples, "compilerkv", rules, even, budgets)
-    even_W = scaled(W)
-    sizes = lambda W, b: np.mean([ckv.tokens_kept(ckv.kept_tokens(
-        s.pooled("compilerkv", rules[b]), torch.as_tensor(W).float(), torch.from_numpy(even).float(), budgets[b], 16, CONFIG.n_kv_head, 2)) for s in samples], 0)
-    for b in range(2):
-        plain = sizes(np.ones(W.shape[1:]), b)
-        assert np.abs(sizes(even_W[b], b) - plain).max() < 1.5 < 5 < np.abs(sizes(W[b], b) - plain).max()
-    assert np.allclose(train_tables.within_layers(even_W), train_tables.within_layers(W))
-    assert np.allclose(scaled(np.ones_like(W)), 1) and np.allclose(scaled(7 * W), even_W)
-    nothing_moves = train_tables.size_keeper(samples, "compilerkv", rules, even, (20, 20))  # only protected entries fit
-    assert np.allclose(nothing_moves(W), W)
+    tables = train_tables.learn_tables("compilerkv", log, losses)
+    assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["W = 1"] == 1).all()
+    assert np.allclose(np.log(tables["value 0.6, loss 0.2"]), 0.6 * value + 0.2 * loss[:, :, [0, 0, 1, 1]])
+    assert np.allclose(np.log(tables["value 0.6"]), 0.6 * value)
 
 
 def test_the_rule_that_loses_least_is_chosen(monkeypatch):
@@ -285,6 +262,57 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     assert (of(logs, rewards)[:, 1, 0] > 0).tolist() == [True, False]
     rewards[:, 1] = 0      # one that saw nothing follows its neighbour
     assert np.corrcoef(of(logs, rewards).reshape(2, -1))[0, 1] > 0.9
+
+
+def test_layers_get_the_thresholds_that_pay(monkeypatch):
+    """Guards against a sign, a budget that gets another's strength, a strength that costs, and layers that compete in the paper."""
+    model, s = tiny_sample(6)
+    L, rules, W = CONFIG.n_layer, [RULES["compilerkv"]] * 2, np.ones((2, CONFIG.n_layer, CONFIG.n_head))
+    samples, asked = [dataclasses.replace(s, loss_full=float(i % 2)) for i in range(24)], []
+    log = np.random.default_rng(0).normal(size=(24, 2, L, CONFIG.n_head + 1, 5))  # heads tell nothing,
+    log[..., 0, -1, -1], log[..., 1, -1, -1] = 9, -9  # but a larger weight of all of layer 0 pays: a lower threshold
+
+    def roll_out(model, sample, name, jobs):
+        asked.append([tau for _, _, tau, _ in jobs])
+        ratio = {60: [], 70: []}
+        for _, _, tau, budget in jobs:
+            ratio[budget].append(np.log(tau[1] / tau[0]))
+        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 it pays or costs, and costs more
+        return np.concatenate((np.abs(np.array(ratio[60]) - 0.8), (-0.3, 0.4)[int(sample.loss_full)] * (np.array(ratio[70]) > 0)))
+
+    monkeypatch.setattr(train_tables, "roll_out", roll_out)
+    learn = lambda name: train_tables.learn_layers(model, samples, log, name, rules, W, (60, 70), tqdm(disable=True))
+    factors, evidence = learn("compilerkv")
+    assert factors.shape == (2, L) and evidence["layers"] == {"60": 0.4, "70": 0.0} and (factors[1] == 1).all()
+    assert np.allclose(factors[0], np.exp([-0.4, 0.4]), atol=1e-3) and evidence["rank_agreement_of_halves_layers"] > 0.5
+    assert evidence["held_out_dnll_by_layers"]["60"]["0.4"] == pytest.approx(-0.5, abs=1e-2)
+    assert evidence["held_out_dnll_by_layers"]["70"]["0.4"] == pytest.approx(evidence["held_out_dnll_by_layers"]["70"]["0.0"] + 0.05)
+    assert len(asked) == 24 and all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for taus in asked for tau in taus)
+    asked.clear()
+    factors, evidence = learn("compilerkv-paper")
+    assert (factors == 1).all() and not evidence and not asked
+
+
+def test_layers_are_judged_by_other_kinds_and_learned_from_all(monkeypatch):
+    """Guards against thresholds that are praised by the prompts they were learned from, and against a part's that ship alone."""
+    model, s = tiny_sample(6)
+    samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)], {}
+    monkeypatch.setattr(train_tables, "direction", lambda log: log.sum() * np.array([[-1.0, 1.0]]))  # prompt i says 2 ** i
+
+    def roll_out(model, sample, name, jobs):
+        ratios = [np.log(tau[0] / tau[1]) for _, _, tau, _ in jobs]
+        seen[int(sample.loss_full)] = ratios
+        return sample.loss_full - (np.array(ratios) > 0)  # any other thresholds are better than equal ones, by 1
+
+    monkeypatch.setattr(train_tables, "roll_out", roll_out)
+    log = np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 5))
+    log[:, 0, 0, -1, 0] = 2.0 ** np.arange(12) / 4096
+    factors, _ = train_tables.learn_layers(model, samples, log, "compilerkv", [RULES["compilerkv"]], np.ones((1, CONFIG.n_layer, CONFIG.n_head)),
+                                           (60,), tqdm(disable=True))
+    for i, ratios in seen.items():
+        kind = 2.0 ** (i % 6) + 2.0 ** (i % 6 + 6)  # both prompts of its kind have no say
+        assert np.allclose(ratios, np.array(train_tables.LAYER_STEPS) * 2 * (4095 - kind) / 4096)
+    assert len(seen) == 12 and np.allclose(factors, np.exp(train_tables.LAYER_STEPS[1] * 4095 / 4096 * np.array([1, -1])))
 
 
 def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
@@ -371,37 +399,29 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     """Guards against a table that is praised by the prompts it was learned from, a part's that ships alone, and another budget's."""
     model, s = tiny_sample(9)
     samples = [dataclasses.replace(s, loss_full=float(i), risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
-    L, H, seen, gate, said = CONFIG.n_layer, CONFIG.n_head, [], [], 2.0 ** np.arange(12) / 4096
-    order, lowest = np.exp(0.01 * np.arange(L * H) ** 2).reshape(L, H), ckv.OURS.tau_grid[0]
+    L, H, seen, said = CONFIG.n_layer, CONFIG.n_head, [], 2.0 ** np.arange(12) / 4096
+    order = 0.01 * np.arange(L * H).reshape(L, H)
 
-    def learn_tables(name, log, losses, scaled):
+    def learn_tables(name, log, losses):
         told = log[:, 0, 0, 0, 0].sum()
-        assert (scaled is None) == (losses is None) == (name == "compilerkv-paper")
         assert losses is None or losses[1].sum() == losses[0].sum() == told  # both rewards are of the same prompts
-        table = np.stack(((2 + told) * order, (5 + told) * order ** (1 if told > 0.5 else -1)))
-        return {"W = 1": (np.ones_like(table), np.ones((2, L))), "value": (table, np.array([[1 + told] * L, [3 + told] * L]))}
+        table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
+        return {"W = 1": np.ones_like(table), "value": table}
 
     def roll_out(model, sample, name, jobs):
-        seen.append((int(sample.loss_full), [(W[0, 0], tau) for _, W, tau, _ in jobs]))
-        return sample.loss_full - np.array([W[0, 0] > 1 for _, W, _, _ in jobs])  # a learned table is better, by 1
+        weights = [W[0, 0] for _, W, _, _ in jobs]
+        seen.append((int(sample.loss_full), weights))
+        return sample.loss_full - (np.array(weights) > 1)  # a learned table is better, by 1
 
-    def learn_gate(model, samples, name, rules, W, layers, *rest):
-        gate.append(layers)
-        return real(model, samples, name, rules, W, layers, *rest)
-
-    log, real = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), train_tables.learn_gate
+    log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
     for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_tables", learn_tables),
-                           ("roll_out", roll_out), ("learn_gate", learn_gate), ("compare_learners", lambda *_: {})):
+                           ("roll_out", roll_out), ("learn_layers", lambda *_: (np.ones((2, L)), {})), ("compare_learners", lambda *_: {})):
         monkeypatch.setattr(train_tables, function, fake)
     compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
-    judged = [(i, jobs) for i, jobs in seen if len(jobs) == 4]
+    judged = [(i, weights[1], weights[3]) for i, weights in seen if len(weights) == 4]
     told = [(4095 - 2.0 ** (i % 6) - 2.0 ** (i % 6 + 6)) / 4096 for i in range(12)]
-    assert [(i, jobs[1][0], jobs[3][0]) for i, jobs in judged] == [(i, 2 + x, 5 + x) for i, x in enumerate(told)]
-    for (_, jobs), x in zip(judged, told):  # thresholds are of the same prompts and budget as the weights
-        taus = [tau for _, tau in jobs]
-        assert taus == [None] * 4 if name == "compilerkv-paper" else np.allclose(taus, lowest * np.array([1, 1 + x, 1, 3 + x])[:, None])
-    assert np.allclose(compiled.W_head, np.stack(((2 + 4095 / 4096) * order, (5 + 4095 / 4096) * order)))
-    assert np.allclose(gate, 4095 / 4096 + np.array([[1], [3]]) + np.zeros(L)) and evidence["tables"] == {"60": "value", "70": "value"}
+    assert judged == [(i, 2 + x, 5 + x) for i, x in enumerate(told)]
+    assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096) and evidence["W_head"] == {"60": "value", "70": "value"}
     agree = evidence["rank_agreement_of_halves"]
     assert agree["60"] == pytest.approx(1) and agree["70"] == pytest.approx(-1) and agree["value"] not in (1, -1)
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
@@ -417,12 +437,9 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
         taus.append(job_of(0, 0, actions[0])[2])
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
-    def size_keeper(samples, name, rules, tau, budgets):
-        taus.append(tau)
-
-    def learn_tables(name, log, losses, scaled):
+    def learn_tables(name, log, losses):
         assert (losses is None) == (name == "compilerkv-paper")
-        return {"W = 1": (ones, np.ones((1, CONFIG.n_layer)))}
+        return {"W = 1": ones}
 
     def value_log(model, samples, name, rules, tau, *_):
         taus.append(tau)
@@ -432,15 +449,15 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
         taus.append(tau)
         return np.zeros((12, 4, 4)), np.zeros((12, 4))
 
-    def learn_gate(*_):
+    def learn_layers(*_):
         raise KeyboardInterrupt
 
-    for function in (choose, size_keeper, value_log, loss_log, learn_tables, learn_gate):
+    for function in (choose, value_log, loss_log, learn_tables, learn_layers):
         monkeypatch.setattr(train_tables, function.__name__, function)
     with pytest.raises(KeyboardInterrupt):
         train_tables.compile_tables(model, [s] * 12, name, (60,), 0, lambda text: None)
     rule, *heads = taus
-    assert rule is None and len(heads) == (2 if name == "compilerkv-paper" else 4)
+    assert rule is None and len(heads) == (2 if name == "compilerkv-paper" else 3)
     for tau in heads:
         assert tau is None if name == "compilerkv-paper" else np.allclose(tau, ckv.OURS.tau_grid[0]) and tau.shape == (CONFIG.n_layer,)
 
