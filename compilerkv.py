@@ -52,7 +52,7 @@ class Settings:
 PAPER = Settings("model", "mean", True, ((64, 1),), cap=1, W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
                  tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
 # Ours: log-spaced actions. W from e^-1 to e; tau from one that all tokens reach over the paper's 0.8 to 819.
-OURS = Settings("head", "max", False, ((16, 31), (16, 7), (16, 21), (16, 45), (32, 31), (32, 45)), cap=2,
+OURS = Settings("head", "max", False, ((16, 31), (16, 45), (32, 31), (32, 45)), cap=2,
                 W_grid=tuple(np.exp(np.linspace(-1, 1, 5)).tolist()), tau_grid=(0.001, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.02)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one

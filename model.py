@@ -281,23 +281,30 @@ class Model:
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
-    def self_attention(self, l, x, cache, positions, cos, sin):
-        """Layer l's attention of n new tokens, which join the cache: x (B, n, E) -> (B, n, E), and the rotated queries (B, H, n, D).
+    def project(self, l, x, cache, positions, cos, sin):
+        """Layer l's rotated queries of n new tokens, x (B, n, E) -> (B, H, n, D); their keys and values join the cache.
 
-        positions (B, n); cos, sin as for `rotate`. A function of its own, so that its intermediate tensors are freed at once: if
-        they lived until the next layer's replace them, memory would grow and shrink with every layer.
+        positions (B, n); cos, sin as for `rotate`.
         """
         c, block, (B, n, _) = self.config, self.blocks[l], x.shape
         qkv = linear(x, block.qkv).view(B, n, -1, c.head_dim).transpose(1, 2)  # (B, n, (H + 2G) D) -> (B, H + 2G, n, D)
         qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=1)
         q, k = rotate(qk, cos, sin).split((c.n_head, c.n_kv_head), dim=1)
         cache.append(l, k, v, positions)
-        keys, values, slots = cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-        if slots.shape[2] == n:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
+        return q
+
+    def self_attention(self, l, x, cache, positions, cos, sin):
+        """Layer l's attention of n new tokens, x (B, n, E) -> (B, n, E), and the queries of `project`.
+
+        A function of its own, so that its intermediate tensors are freed at once: if they lived until the next layer's replace
+        them, memory would grow and shrink with every layer.
+        """
+        q, (keys, values, slots) = self.project(l, x, cache, positions, cos, sin), cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
+        if slots.shape[2] == x.shape[1]:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         else:
             y = attend(q, keys, values, slots, cache.padded)
-        return linear(y.transpose(1, 2).reshape(B, n, -1), block.out), q  # (B, H, n, D) -> (B, n, E)
+        return linear(y.transpose(1, 2).flatten(2), self.blocks[l].out), q  # (B, H, n, D) -> (B, n, E)
 
     def logits(self, hidden):
         """Next-token scores, (..., E) -> (..., V), float32."""

@@ -96,12 +96,14 @@ def collect(model, prompt):
     """Prefill one prompt, look at what its continuation attends to, and keep what learning needs."""
     tokenizer = model.tokenizer
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
-    continuation = tokenizer.encode(prompt["continuation"], begin=False)[:CONTINUATION]
+    continuation = tokenizer.encode(prompt["continuation"].rstrip("\n"), begin=False)
     if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
         raise UserError(f"calibration prompt {prompt['id']}: {len(tokens)} tokens are too few to compress; give more than "
                         f"{ckv.MAX_WINDOW + ckv.SINKS}")
     if not continuation:
         raise UserError(f"calibration prompt {prompt['id']}: no token of the vocabulary stands in its continuation")
+    # As in an evaluation, what ends the answer is part of it: a cache that forgot how to answer loses there.
+    continuation = (continuation + (sorted(tokenizer.stop) if prompt["chat"] else tokenizer.encode("\n", begin=False)))[:CONTINUATION]
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
     _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
@@ -135,25 +137,27 @@ def token_values(model, sample, kept):
     small = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
     positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
+    # (G, R, n, D), (G, S, D) -> (G, R, n, S)
+    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])
     x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
-    for l, block in enumerate(model.blocks):  # as in Model.forward, but nothing is written over: the way back needs it
-        y, q = model.self_attention(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin)
-        y.retain_grad()
-        layers.append((y, q[0].detach() / D ** 0.5))
-        gate, up = linear(rms_norm(x + y, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
-        x = x + y + linear(F.silu(gate) * up, block.down)
+    for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
+        q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(G, -1, n, D) / D ** 0.5
+        k, v, slots = (part[0] for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
+        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
+        z = along(q, k).masked_fill(~seen, -torch.inf)
+        o = (torch.softmax(z, -1).to(v.dtype).flatten(1, 2) @ v).view_as(q)  # (G, R n, S) @ (G, S, D) -> (G, R, n, D)
+        o.retain_grad()
+        layers.append((q.detach(), z.detach().logsumexp(-1, keepdim=True), o))
+        x = x + linear(o.view(1, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (1, H, n, D) -> (1, n, E)
+        gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
+        x = x + linear(F.silu(gate) * up, block.down)
     logits = model.logits(rms_norm(x, model.norm, c.norm_eps))[0]  # (n, V)
     (F.cross_entropy(logits, torch.tensor(ids[1:], device=model.device), reduction="sum") / len(ids)).backward()
-    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])  # (H, n, D), (G, S, D) -> (G, R, n, S)
-    for l, (y, q) in enumerate(layers):
-        slope = linear(y.grad[0], model.blocks[l].out.T).view(n, c.n_head, D).transpose(0, 1)  # d loss / d o: (n, E) -> (H, n, D)
-        k, v, slots = (part[0].detach() for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
-        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
-        z = along(q, k).masked_fill_(~seen, -torch.inf)
-        o = (torch.softmax(z, -1) * along(slope, v)).sum(-1, keepdim=True)  # slope o: (G, R, n, 1)
+    for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (G, R, n, 1)
         k, v, _ = (part[0] for part in sample.cache.layer(l))  # of all: (G, T, D)
-        joins = along(q, k).sub_(z.logsumexp(-1, keepdim=True)).sigmoid_()  # (G, R, n, T)
-        values[l] = -joins.mul_(along(slope, v).sub_(o)).sum((1, 2)).cpu()  # -> (G, T)
+        joins = along(q, k).sub_(total).sigmoid_()  # (G, R, n, T)
+        before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # slope o: (G, R, n, 1)
+        values[l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((1, 2)).cpu()  # -> (G, T)
     return values
 
 

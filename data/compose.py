@@ -391,7 +391,7 @@ def ruler(rng, passages):
 
 # --------------------------------------------------------------------------------------------------------- calibration
 
-PER_KIND = 20  # calibration prompts of each kind
+PER_KIND = 18  # calibration prompts of each kind: half composed here, half as they stand in the bank
 SIZES = (740, 900, 1150, 1500)  # words of a calibration prompt, about 1,200 to 2,700 tokens
 ASK = (  # (prompt, in the chat template?): wordings of a question behind a text; none occurs in the benchmarks
     ("{text}\n\n{question}", True),
@@ -420,10 +420,11 @@ GOODS = ("lamp oil", "rope", "seed potatoes", "window glass", "copper nails", "o
 
 
 def calibration(rng):
-    """120 prompts of six kinds, 1,000 to 4,000 tokens, each with the right continuation; layouts differ within a kind.
+    """108 prompts of six kinds, 1,000 to 4,000 tokens, each with the right continuation; layouts differ within a kind.
 
-    Half of the texts are told for their own sake, half are in the manner of what one meets: papers, reports of agencies, minutes,
-    news, web pages, encyclopedias, chats, repositories. Where one fact is needed, its depth walks evenly over the prompt.
+    Half are composed here. Half of their texts are told for their own sake, half are in the manner of what one meets: papers, reports
+    of agencies, minutes, news, web pages, encyclopedias, chats, repositories. Where one fact is needed, its depth walks evenly over the
+    prompt. The other prompts were written as a whole: instructions, notation, question and all, no two alike.
     """
     out, walk = [], 0
 
@@ -574,10 +575,16 @@ def calibration(rng):
         "code": [(write_code, code), (write_code, sources)],
         "qa": [(ask, facts, facts), (two_steps, hops, entries), (ledger,), (ask, entries, entries), (two_steps, pairs, facts),
                (find, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries), (two_steps, pairs, facts)]}
+    whole = {kind: [row for row in bank("calib_prompts.jsonl") if row["kind"] == kind] for kind in makers}
     for i in range(PER_KIND):
         for kind, layouts in makers.items():
-            make, *texts = layouts[(i + i // 10) % len(layouts)]  # so that every second round has every layout
-            make(kind, *texts, i)
+            n = i // 2
+            if (i - n) % 2:  # whole ones in every second, third, sixth, seventh ... round, so that every second round has both
+                row = whole[kind][n]
+                add(kind, row["prompt"], row["continuation"], row["chat"])
+            else:
+                make, *texts = layouts[n % len(layouts)]
+                make(kind, *texts, n)
     return out
 
 

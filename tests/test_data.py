@@ -48,7 +48,7 @@ def test_no_prompt_occurs_twice():
     digest = lambda text: hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
     prompts = [(row["id"], row["prompt"]) for row in CALIBRATION] + [(r["_id"], r["before"] + r["question"]) for r in RECORDS]
     assert len({digest(text) for _, text in prompts}) == len({name for name, _ in prompts}) == len(prompts)
-    assert set(collections.Counter(row["kind"] for row in CALIBRATION).values()) == {20} and len(CALIBRATION) == 120
+    assert set(collections.Counter(row["kind"] for row in CALIBRATION).values()) == {18} and len(CALIBRATION) == 108
 
 
 def test_the_mini_longbench_has_two_tasks_a_category_and_sixty_four_records_a_task():

@@ -12,7 +12,7 @@ import compilerkv as ckv
 import train_tables
 from eval import rank_correlation
 from helpers import random_model
-from model import Config
+from model import Config, UserError
 from test_compilerkv import G, H, L, random_prompt
 
 CONFIG = Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_ff=24, vocab_size=60, context_length=256)
@@ -46,6 +46,23 @@ def test_a_head_retrieves_as_much_as_its_continuation_looks_back():
     _, _, seen = model.prefill(tokens, n)  # both parts as one prompt
     attention = torch.stack([A[..., :T].float() for A in seen.attention])  # (L, H, n, T)
     assert torch.allclose(s.looks_back, attention[..., ckv.SINKS:T - 16].sum(-1).mean(2), atol=1e-5) and s.cache.length == [T] * CONFIG.n_layer
+
+
+@pytest.mark.parametrize("chat", (False, True))
+def test_a_continuation_is_scored_with_what_ends_it(monkeypatch, chat):
+    """Guards against a corpus that ends where an evaluation does not, an ending that counts twice, and one beyond the last token scored."""
+    model = random_model(CONFIG, 1)
+    encode = lambda text, begin=True: [int(word) for word in text.replace("\n", " 9 ").split()]
+    model.tokenizer = SimpleNamespace(encode=encode, chat=lambda text: [1, *encode(text), 2], stop={7})
+    prompt = {"id": "x", "chat": chat, "prompt": " ".join("3456" * 30)}
+    collect = lambda text: train_tables.collect(model, prompt | {"continuation": text})
+    assert collect("5 6").continuation == [5, 6, 7 if chat else 9]
+    assert collect("5\n6\n").continuation == [5, 9, 6, 7 if chat else 9]
+    assert collect("5 " * 40).continuation == [5] * train_tables.CONTINUATION
+    s = collect("5 6")
+    assert s.loss_full == pytest.approx(model.nll(s.cache, s.logits, s.continuation).item())
+    with pytest.raises(UserError, match="no token"):
+        collect("\n")
 
 
 def loss_of(model, s, mask):
