@@ -51,6 +51,16 @@ def test_no_prompt_occurs_twice():
     assert set(collections.Counter(row["kind"] for row in CALIBRATION).values()) == {18} and len(CALIBRATION) == 108
 
 
+def test_kinds_take_turns_and_both_halves_have_composed_and_whole_prompts():
+    """Guards against a split by kind or by half that leaves a part of the corpus on one side."""
+    kinds = [row["kind"] for row in CALIBRATION]
+    assert len(set(kinds[:6])) == 6 and kinds == kinds[:6] * 18  # as train_tables.KINDS takes them
+    whole = {row["prompt"] for row in read_lines(DATA / "bank" / "calib_prompts.jsonl")}
+    for start in range(12):  # a kind's prompts of one half: every second round of six
+        share = [row["prompt"] in whole for row in CALIBRATION[start::12]]
+        assert len(share) == 9 and 4 <= sum(share) <= 5
+
+
 def test_the_mini_longbench_has_two_tasks_a_category_and_sixty_four_records_a_task():
     """Guards against a category whose score rests on a handful of answers, and tasks that weigh unevenly."""
     counts = collections.Counter(r["dataset"] for r in MINI)
