@@ -565,16 +565,16 @@ def calibration(rng):
     makers = {  # kind -> the layouts that take turns: a function and the texts it draws from
         "narrative": [(ask, stories[6:], stories), (ask, chapters, chapters), (go_on, stories), (ask, chapters, chapters),
                       (shorten, chapters), (ask, stories[6:], stories), (ask, chapters, chapters), (look_up, chapters),
-                      (go_on, chapters), (shorten, chapters)],
+                      (go_on, chapters)],
         "technical": [(ask, articles[6:], articles), (ask, papers, papers), (go_on, papers), (ask, papers, papers), (shorten, papers),
-                      (look_up, articles), (ask, papers, papers), (ask, articles[6:], articles), (shorten, papers), (go_on, articles)],
+                      (look_up, articles), (ask, papers, papers), (ask, articles[6:], articles), (shorten, papers)],
         "report": [(ask, records, records), (shorten, agencies), (ask, meetings, meetings), (shorten, news), (ask, agencies, agencies),
-                   (shorten, meetings), (ask, news, news), (shorten, records), (go_on, agencies), (find, news)],
+                   (shorten, meetings), (ask, news, news), (shorten, records), (go_on, agencies)],
         "dialogue": [(ask, dialogues, dialogues), (ask, web, web), (sort_messages, messages), (take_notes, chats), (ask, manuals, manuals),
-                     (sort_messages, reviews), (take_notes, dialogues), (ask, chats, chats), (shorten, web), (ask, web, web)],
+                     (sort_messages, reviews), (take_notes, dialogues), (ask, chats, chats), (shorten, web)],
         "code": [(write_code, code), (write_code, sources)],
         "qa": [(ask, facts, facts), (two_steps, hops, entries), (ledger,), (ask, entries, entries), (two_steps, pairs, facts),
-               (find, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries), (two_steps, pairs, facts)]}
+               (find, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries)]}
     whole = {kind: [row for row in bank("calib_prompts.jsonl") if row["kind"] == kind] for kind in makers}
     for i in range(PER_KIND):
         for kind, layouts in makers.items():
