@@ -595,11 +595,11 @@ def test_look_up_takes_the_nearest_budget_in_ratio():
     tables = constant_tables()
     tables.compiled["compilerkv"].W_head[1] = 2
     tables.compiled["compilerkv"].T_gate[1] = 3
-    tables.compiled["compilerkv"].rules[1] = OURS.rules[5]
+    tables.compiled["compilerkv"].rules[1] = OURS.rules[3]
     for budget, near in ((36, 0), (64, 0), (100, 0), (127, 0), (129, 1), (144, 1), (256, 1), (9999, 1)):
         rule, W, tau = tables.look_up("compilerkv", budget, 1.0, 1.0)
         assert W.shape == (L, H) and tau.shape == (L,) and W.dtype == tau.dtype == torch.float32
-        assert (W == 1 + near).all() and (tau == 3 * near).all() and rule == OURS.rules[5 * near]
+        assert (W == 1 + near).all() and (tau == 3 * near).all() and rule == OURS.rules[3 * near]
 
 
 def test_look_up_takes_the_row_and_column_of_the_risk():
