@@ -254,6 +254,11 @@ class Prompt:
     cut: bool = False  # the middle was cut out
 
 
+def with_end(tokenizer, answer, chat):
+    """Token ids of an answer and of what ends it: in a chat the end-of-turn token, else the end of its line."""
+    return tokenizer.encode(answer, begin=False) + sorted(tokenizer.stop) if chat else tokenizer.encode(answer + "\n", begin=False)
+
+
 def encode(record, model):
     """A record's Prompt. One longer than the context loses its middle as in LongBench; UserError if it still is."""
     task, tokenizer = TASKS[record["dataset"]], model.tokenizer
@@ -268,10 +273,8 @@ def encode(record, model):
     n_context = min(len(os.path.commonprefix([tokens, unasked])), len(tokens) - 1)
     if n_context < 1:
         raise UserError(f"record {record['_id']}: there is no context to compress")
-    if task.chat:
-        gold = tokenizer.encode(record["answers"][0], begin=False) + sorted(tokenizer.stop)
-    else:
-        gold = tokenizer.encode(("" if text[-1:].isspace() else task.lead) + record["answers"][0] + "\n", begin=False)
+    lead = "" if task.chat or text[-1:].isspace() else task.lead
+    gold = with_end(tokenizer, lead + record["answers"][0], task.chat)
     longest = max(len(gold[:GOLD]), record["max_new"])
     if len(tokens) + longest > model.config.context_length:
         raise UserError(f"record {record['_id']}: {len(tokens)} prompt tokens and up to {longest} of the answer do not "

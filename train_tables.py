@@ -96,14 +96,14 @@ def collect(model, prompt):
     """Prefill one prompt, look at what its continuation attends to, and keep what learning needs."""
     tokenizer = model.tokenizer
     tokens = tokenizer.chat(prompt["prompt"]) if prompt["chat"] else tokenizer.encode(prompt["prompt"])
-    continuation = tokenizer.encode(prompt["continuation"].rstrip("\n"), begin=False)
+    answer = prompt["continuation"].rstrip("\n")
     if len(tokens) <= ckv.MAX_WINDOW + ckv.SINKS:
         raise UserError(f"calibration prompt {prompt['id']}: {len(tokens)} tokens are too few to compress; give more than "
                         f"{ckv.MAX_WINDOW + ckv.SINKS}")
-    if not continuation:
+    if not tokenizer.encode(answer, begin=False):
         raise UserError(f"calibration prompt {prompt['id']}: no token of the vocabulary stands in its continuation")
     # As in an evaluation, what ends the answer is part of it: a cache that forgot how to answer loses there.
-    continuation = (continuation + (sorted(tokenizer.stop) if prompt["chat"] else tokenizer.encode("\n", begin=False)))[:CONTINUATION]
+    continuation = evaluation.with_end(tokenizer, answer, prompt["chat"])[:CONTINUATION]
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
     _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))

@@ -576,15 +576,15 @@ def calibration(rng):
         "qa": [(ask, facts, facts), (two_steps, hops, entries), (ledger,), (ask, entries, entries), (two_steps, pairs, facts),
                (find, entries), (two_steps, hops, entries), (look_up, facts), (ask, entries, entries)]}
     whole = {kind: [row for row in bank("calib_prompts.jsonl") if row["kind"] == kind] for kind in makers}
-    for i in range(PER_KIND):
-        for kind, layouts in makers.items():
-            n = i // 2
-            if (i - n) % 2:  # whole ones in every second, third, sixth, seventh ... round, so that every second round has both
-                row = whole[kind][n]
-                add(kind, row["prompt"], row["continuation"], row["chat"])
-            else:
-                make, *texts = layouts[n % len(layouts)]
-                make(kind, *texts, n)
+    for n in range(PER_KIND // 2):
+        for composed in (n % 2 == 0, n % 2 == 1):  # the two sources change places, so that every second round has both
+            for kind, layouts in makers.items():
+                if composed:
+                    make, *texts = layouts[n % len(layouts)]
+                    make(kind, *texts, n)
+                else:
+                    row = whole[kind][n]
+                    add(kind, row["prompt"], row["continuation"], row["chat"])
     return out
 
 

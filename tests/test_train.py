@@ -49,7 +49,7 @@ def test_a_head_retrieves_as_much_as_its_continuation_looks_back():
 
 
 @pytest.mark.parametrize("chat", (False, True))
-def test_a_continuation_is_scored_with_what_ends_it(monkeypatch, chat):
+def test_a_continuation_is_scored_with_what_ends_it(chat):
     """Guards against a corpus that ends where an evaluation does not, an ending that counts twice, and one beyond the last token scored."""
     model = random_model(CONFIG, 1)
     encode = lambda text, begin=True: [int(word) for word in text.replace("\n", " 9 ").split()]
