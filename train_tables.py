@@ -12,10 +12,11 @@
 4. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
    a bandit chooses for each budget; W = 1 stays unless the best is better by more than one standard error. What ships is learned
    from all prompts.
-5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like
-   the heads, from the value of what a layer's threshold moves, and roll-outs decide how far they go. Then, in state (budget,
-   entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real roll-outs: the loss,
-   and the penalty for candidates beyond the budget.
+5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
+   heads, from the value of what a layer's threshold moves and from the loss of random thresholds. How far they go is decided by
+   the prompts that lose most, for the gate is there to control risk. Then, in state (budget, entropy bin, perplexity bin), all
+   thresholds together take a level; the reward is the paper's, of real roll-outs: the loss, and the penalty for candidates beyond
+   the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -42,17 +43,19 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-HEAD_TABLES = 16        # random W_head that every prompt rolls out for each budget, half of them mirror images
+TABLES = 16             # random W_head, and as many random T_gate, that every prompt rolls out for each budget, half of them mirror images
 SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
-# Strengths among which real roll-outs decide. Of heads: the log of W at a head whose larger weight surely pays in value, and
-# the standard deviation over heads of the log of the table learned from the loss. Of layers: the log of the threshold at a layer
-# whose lower threshold surely pays. They are few: the best of many would be the luckiest.
+# Strengths among which real roll-outs decide: the log of W at a head whose larger weight surely pays in value, and the standard deviation
+# over heads of the log of the table learned from the loss; of layers the same, of 1 / threshold. They are few: the best of many would be
+# the luckiest.
 HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
-LAYER_STEPS = (0.0, 0.4, 0.8)
+LAYER_STEPS = ((0.0, 0.0), (0.2, 0.3), (0.4, 0.6), (0.6, 0.9))
+WORST = 0.25            # share of the prompts, those that lose most, whose mean loss decides on the thresholds of layers
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
+VALUE_ROWS = 4          # passes forth and back in one batch, of budgets that are alike: more would pad the small ones
 
 
 @dataclasses.dataclass
@@ -123,41 +126,42 @@ def mask_of(kept, T):
     return torch.stack([torch.zeros(len(k), T + 1, dtype=torch.bool).scatter(1, k % (T + 1), True)[:, :T] for k in kept])  # -1 is entry T
 
 
-def token_values(model, sample, kept):
-    """By how much, to first order, the loss is lower where a cache entry is kept than where it is not, in nats a token: (L, G, T).
+def token_values(model, sample, *kept):
+    """By how much, to first order, the loss is lower where a cache entry is kept than where it is not, in nats a token: (B, L, G, T).
 
-    kept: L position tensors (n_sets, S_l), around which the loss is linearised. An entry of value v and score z (against the
-    log-sum-exp of all that the query sees) moves the attention output o by sigmoid(z) (v - o): exact for an entry that joins
-    the kept set alone, and times the gradient of the loss the entry's effect. Its own share is within o if it is kept already.
+    kept: for each of B rows L position tensors (n_sets, S_l), around which the loss is linearised. An entry of value v and score z
+    (against the log-sum-exp of all that the query sees) moves the attention output o by sigmoid(z) (v - o): exact for an entry that
+    joins the kept set alone, and times the gradient of the loss the entry's effect. Its own share is within o if it is kept already.
     """
-    c, ids, T = model.config, sample.continuation, sample.cache.length[0]
-    n, G, D, values = len(ids) - 1, c.n_kv_head, c.head_dim, torch.zeros(c.n_layer, c.n_kv_head, T)
+    c, ids, T, B = model.config, sample.continuation, sample.cache.length[0], len(kept)
+    n, G, D, values = len(ids) - 1, c.n_kv_head, c.head_dim, torch.zeros(B, c.n_layer, c.n_kv_head, T)
     if n == 0:  # the one token is predicted by the prompt's own logits
         return values
-    small = ckv.evict(sample.cache, [k.expand(G, -1) for k in kept])
+    small = ckv.evict(sample.cache, *([k.expand(G, -1) for k in row] for row in kept))
     positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
-    # (G, R, n, D), (G, S, D) -> (G, R, n, S)
-    along = lambda rows, x: (rows.reshape(G, -1, D) @ x.transpose(1, 2)).float().view(G, -1, n, x.shape[1])
-    x, layers = model.embedding[torch.tensor([ids[:-1]], device=model.device)].requires_grad_(), []  # (1, n, E)
+    # (B, G, R, n, D), (B or 1, G, S, D) -> (B, G, R, n, S)
+    along = lambda rows, x: (rows.flatten(2, 3) @ x.transpose(2, 3)).float().view(B, G, -1, n, x.shape[2])
+    x, layers = model.embedding[torch.tensor([ids[:-1]] * B, device=model.device)].requires_grad_(), []  # (B, n, E)
     for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
-        q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(G, -1, n, D) / D ** 0.5
-        k, v, slots = (part[0] for part in small.layer(l))  # of the kept and the n new: (G, S, D) twice, (G, S)
-        seen = (slots[:, None, None] >= 0) & (slots[:, None, None] <= positions[0, :, None])  # (G, 1, n, S)
-        z = along(q, k).masked_fill(~seen, -torch.inf)
-        o = (torch.softmax(z, -1).to(v.dtype).flatten(1, 2) @ v).view_as(q)  # (G, R n, S) @ (G, S, D) -> (G, R, n, D)
+        q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(B, G, -1, n, D) / D ** 0.5
+        k, v, slots = small.layer(l)  # of the kept and the n new: (B, G, S, D) twice, (B, G, S)
+        slots = slots[:, :, None, None]  # (B, G, 1, 1, S)
+        z = along(q, k).masked_fill((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
+        o = (torch.softmax(z, -1).to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
         o.retain_grad()
         layers.append((q.detach(), z.detach().logsumexp(-1, keepdim=True), o))
-        x = x + linear(o.view(1, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (1, H, n, D) -> (1, n, E)
+        x = x + linear(o.view(B, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (B, H, n, D) -> (B, n, E)
         gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
         x = x + linear(F.silu(gate) * up, block.down)
-    logits = model.logits(rms_norm(x, model.norm, c.norm_eps))[0]  # (n, V)
-    (F.cross_entropy(logits, torch.tensor(ids[1:], device=model.device), reduction="sum") / len(ids)).backward()
-    for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (G, R, n, 1)
-        k, v, _ = (part[0] for part in sample.cache.layer(l))  # of all: (G, T, D)
-        joins = along(q, k).sub_(total).sigmoid_()  # (G, R, n, T)
-        before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # slope o: (G, R, n, 1)
-        values[l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((1, 2)).cpu()  # -> (G, T)
+    logits = model.logits(rms_norm(x, model.norm, c.norm_eps))  # (B, n, V)
+    answer = torch.tensor(ids[1:] * B, device=model.device)
+    (F.cross_entropy(logits.flatten(0, 1), answer, reduction="sum") / len(ids)).backward()  # a row's gradient is its own loss's
+    for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (B, G, R, n, 1)
+        k, v, _ = sample.cache.layer(l)  # of all: (1, G, T, D)
+        joins = along(q, k).sub_(total).sigmoid_()  # (B, G, R, n, T)
+        before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # slope o: (B, G, R, n, 1)
+        values[:, l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((2, 3)).cpu()  # -> (B, G, T)
     return values
 
 
@@ -191,12 +195,12 @@ def moved(u, W, n_sets, budget, window, kept, values, grid):
     return out - out[..., grid.tolist().index(1.0), None]
 
 
-def random_logs(rng, n, L, G):
-    """Logs of n random tables of a weight for each KV head, (n, L, G): every entry goes up or down by SPREAD.
+def random_logs(rng, n, *shape):
+    """Logs of n random tables, (n, *shape): every entry goes up or down by SPREAD.
 
-    Only ratios within a layer are of interest, so that the mean is 0 there.
+    Only ratios along the last axis are of interest, of the KV heads of a layer or of all layers, so that the mean is 0 there.
     """
-    x = SPREAD * rng.choice((-1.0, 1.0), size=(n, L, G))
+    x = SPREAD * rng.choice((-1.0, 1.0), size=(n, *shape))
     return x - x.mean(-1, keepdims=True)
 
 
@@ -211,14 +215,19 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     tau, n_sets = None if tau is None else torch.as_tensor(tau, dtype=torch.float32), settings.n_sets(c.n_kv_head)
     reach, neutral = np.log(settings.W_grid[-1]), settings.W_grid.index(1.0)  # the grid's widest step
     for sample in samples:
+        found, tables = torch.zeros(len(budgets), 2, c.n_layer, c.n_head + 1, len(settings.W_grid)), []
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
-            u, found = sample.pooled(name, rules[b]), torch.zeros(2, c.n_layer, c.n_head + 1, len(settings.W_grid))  # u (L, H, T)
-            for side in (reach, -reach) if budgets[b] > rules[b][0] + ckv.SINKS else ():  # else only protected entries fit, and none can move
-                W = torch.from_numpy(by_head(np.exp(side * x), c.n_head)).float()  # (L, H)
-                kept = ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)
-                found += moved(u, W, n_sets, budgets[b], rules[b][0], kept, token_values(model, sample, kept), settings.W_grid)
-            value, count = (found[:, :, -1, neutral + 1] - found[:, :, -1, neutral - 1]).sum(1)
-            logs.append((found[0] - value / max(count, 1) * found[1]).numpy())
+            if budgets[b] > rules[b][0] + ckv.SINKS:  # else only protected entries fit, and none can move
+                u = sample.pooled(name, rules[b])  # (L, H, T)
+                for W in torch.from_numpy(by_head(np.exp(reach * np.stack((x, -x))), c.n_head)).float():  # (L, H)
+                    tables.append((b, u, W, ckv.kept_tokens(u, W, tau, budgets[b], rules[b][0], n_sets, settings.cap)))
+        for i in range(0, len(tables), VALUE_ROWS):
+            batch = tables[i:i + VALUE_ROWS]
+            for (b, u, W, kept), values in zip(batch, token_values(model, sample, *(kept for *_, kept in batch))):
+                found[b] += moved(u, W, n_sets, budgets[b], rules[b][0], kept, values, settings.W_grid)
+        for moves, entries in found:  # (L, H + 1, A) each
+            value, count = (x[:, -1, neutral + 1] - x[:, -1, neutral - 1] for x in (moves, entries))
+            logs.append((moves - value.sum() / max(count.sum(), 1) * entries).numpy())
         progress.update(2 * len(budgets))
     return np.stack(logs).astype(float).reshape(len(samples), len(budgets), *logs[0].shape)
 
@@ -263,67 +272,59 @@ def by_head(x, n_head):
     return np.repeat(x, n_head // x.shape[-1], axis=-1)
 
 
-def loss_log(model, samples, name, rules, tau, budgets, rng, progress):
-    """Random tables, rolled out for real under the thresholds tau: their logs (P, budgets, N, L G) and what they paid (P, budgets, N).
+def loss_log(model, samples, name, budgets, shape, job_of, rng, progress):
+    """Random tables of a shape, rolled out for real: their logs (P, budgets, N, their entries) and what they paid (P, budgets, N).
 
-    A prompt's rewards at one budget are counted from their mean, in standard deviations, so that no prompt outvotes the others.
+    job_of(budget's number, log of a table) -> a job of `roll_out`. A prompt's rewards at one budget are counted from their mean, in
+    standard deviations, so that no prompt outvotes the others.
     """
-    c, logs, rewards = model.config, [], []
+    logs, rewards = [], []
     for sample in samples:
-        x = random_logs(rng, len(budgets) * HEAD_TABLES // 2, c.n_layer, c.n_kv_head).reshape(len(budgets), -1, c.n_layer, c.n_kv_head)
-        x = np.concatenate((x, -x), axis=1)  # with mirror images: (budgets, HEAD_TABLES, L, G)
-        jobs = [(rules[b], by_head(np.exp(log), c.n_head), tau, budget) for b, budget in enumerate(budgets) for log in x[b]]
-        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, HEAD_TABLES)
+        x = random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
+        x = np.concatenate((x, -x), axis=1)  # with mirror images: (budgets, TABLES, *shape)
+        jobs = [job_of(b, log) for b in range(len(budgets)) for log in x[b]]
+        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, TABLES)
         logs.append(x.reshape(*r.shape, -1))
         rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
     return np.stack(logs), np.stack(rewards)
 
 
-def loss_direction(logs, rewards, n_layer):
-    """The direction (budgets, L, G) in which log W_head should go by `loss_log`, with a standard deviation of 1.
+def loss_direction(logs, rewards):
+    """The direction (budgets, entries) in which the log of a table should go by `loss_log`, with a standard deviation of 1.
 
     It is what LinUCB's regression of the rewards on the logs of the tables finds: one action, to use the table.
     """
     steps = []
     for weight in np.sqrt(lent(rewards.shape[1])):  # (budgets,): a regression counts the squares
-        x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, N, L G) -> (P budgets N, L G)
+        x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, N, entries) -> (P budgets N, entries)
         bandit = LinUCB(x, 1)
         bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), (weight[:, None] * rewards).ravel())
-        steps.append(bandit.theta()[0].reshape(n_layer, -1))
+        steps.append(bandit.theta()[0])
     return np.stack([step / (step.std() + 1e-12) for step in steps])
 
 
-def learn_tables(name, log, losses=None):
+def at_strengths(steps, value, loss):
+    """Candidates for a table: {what it is: exp(x value + y loss)} for the strengths (x, y); value and loss of the shape of the table."""
+    title = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "neutral"
+    return {title(x, y): np.exp(x * value + y * loss) for x, y in steps}
+
+
+def learn_heads(name, log, losses=None):
     """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
     grid, heads = ckv.SETTINGS[name].W_grid, log[..., :-1, :]  # (P, budgets, L, H, A)
     if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
         bandit = of_complete_log(heads.reshape(len(heads), -1, len(grid)))
         table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
-        return {"W = 1": np.ones_like(table), "value": table}
-    value = direction(heads)  # (budgets, L, H)
-    loss = by_head(loss_direction(*losses, heads.shape[2]), heads.shape[3])  # (budgets, L, H)
-    title = lambda x, y: ", ".join(f"{what} {step:g}" for what, step in (("value", x), ("loss", y)) if step) or "W = 1"
-    return {title(x, y): np.exp(x * value + y * loss) for x, y in HEAD_STEPS}
+        return {"neutral": np.ones_like(table), "value": table}
+    L, H = heads.shape[2:4]
+    loss = loss_direction(*losses)  # (budgets, L G)
+    return at_strengths(HEAD_STEPS, direction(heads), by_head(loss.reshape(len(loss), L, -1), H))
 
 
-def learn_layers(model, samples, log, name, rules, W, budgets, progress):
-    """By what the layers' thresholds are multiplied, (budgets, L), given W (budgets, L, H), and the evidence. log: `value_log`.
-
-    How far they go at each budget is decided by prompts of another kind than those that told the direction of their log; all
-    layers may keep one threshold (0).
-    """
-    lowest, L = ckv.SETTINGS[name].tau_grid[0], W.shape[1]
-    if ckv.SETTINGS[name].cap == 1:  # a layer's tokens are its own
-        return np.ones((len(budgets), L)), {}
-    learn = lambda prompts: -direction(log[prompts][..., -1, :])  # (budgets, L): a lower threshold is a larger weight
-    steps = [learn(prompts) for prompts in other_kinds(len(samples))]
-    chosen, rewards = choose(model, samples, name, budgets, LAYER_STEPS, lambda i, b, x: (
-        rules[b], W[b], lowest * np.exp(x * steps[i % KINDS][b]), budgets[b]), progress, cautious=True)
-    evidence = {"rank_agreement_of_halves_layers": evaluation.rank_correlation(*(learn(half).ravel() for half in halves(len(samples)))),
-                "held_out_dnll_by_layers": named(budgets, LAYER_STEPS, rewards),
-                "layers": {str(budget): LAYER_STEPS[i] for budget, i in zip(budgets, chosen)}}
-    return np.exp(np.array(LAYER_STEPS)[chosen, None] * learn(slice(None))), evidence
+def learn_layers(log, losses):
+    """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; log and losses as in `learn_heads`."""
+    return at_strengths(LAYER_STEPS, direction(log[..., -1, :]), loss_direction(*losses))  # a lower threshold is a larger weight
 
 
 def named(budgets, actions, rewards):
@@ -439,22 +440,42 @@ def roll_out(model, sample, name, jobs):
     return np.array([loss_of[key] for key in which])
 
 
-def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False):
+def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0):
     """For each budget the action whose real roll-outs lose least; cautious: action 0 if that is not better by a standard error.
 
-    job_of(sample's number, budget's number, action) -> a job of `roll_out`. Returns the indices of the chosen actions (budgets,)
-    and the mean rewards (budgets, actions).
+    job_of(sample's number, budget's number, action) -> a job of `roll_out`. worst: the share of the prompts, for each action those
+    that lose most, whose mean counts. Returns the indices of the chosen actions (budgets,) and these mean rewards (budgets, actions).
     """
-    plain, gain = (EpsilonGreedy(len(budgets), len(actions)) for _ in range(2))
-    b, a = (x.ravel() for x in np.indices((len(budgets), len(actions))))
+    rewards = []
     for i, sample in enumerate(samples):
-        rewards = sample.loss_full - roll_out(model, sample, name, [job_of(i, b_, actions[a_]) for b_, a_ in zip(b, a)])
-        plain.update(b, a, rewards)
-        gain.update(b, a, rewards - rewards.reshape(len(budgets), -1)[b, 0])  # counted from action 0 on the same prompt
-        progress.update(len(rewards))
-    best, every = plain.greedy(), np.arange(len(budgets))
+        jobs = [job_of(i, b, action) for b in range(len(budgets)) for action in actions]
+        rewards.append(sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1))
+        progress.update(len(jobs))
+    rewards = np.stack(rewards)  # (P, budgets, actions)
+    mean = np.sort(rewards, axis=0)[:max(1, round(worst * len(samples)))].mean(0)  # (budgets, actions)
+    gain = of_complete_log(rewards - rewards[..., :1])  # counted from action 0 on the same prompt
+    best, every = mean.argmax(1), np.arange(len(budgets))
     clear = gain.values()[every, best] > gain.errors()[every, best]
-    return np.where(clear, best, 0) if cautious else best, plain.values()
+    return np.where(clear, best, 0) if cautious else best, mean
+
+
+def decide(model, samples, name, budgets, learn, job_of, progress, **how):
+    """The tables (budgets, ...) at the strengths that lose least where other kinds of prompts made them, and the evidence as a dict.
+
+    learn(prompts' numbers) -> candidates {what it is: tables (budgets, ...)}, the neutral one first; job_of(budget's number, table of
+    that budget) -> a job of `roll_out`; how: see `choose`. What is returned is learned from all prompts.
+    """
+    n = len(samples)
+    learned, by_kind, two = learn(slice(None)), list(map(learn, other_kinds(n))), list(map(learn, halves(n)))
+    titles, every = list(learned), list(map(str, budgets))
+    chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: job_of(b, by_kind[i % KINDS][title][b]), progress, **how)
+    best = [titles[i] for i in chosen]
+    agree = lambda title, b: evaluation.rank_correlation(*(half[title][b].ravel() for half in two))
+    agreement = {title: agree(title, slice(None)) for title in titles[1:]}
+    agreement |= {budget: agree(title, b) for b, (budget, title) in enumerate(zip(every, best)) if title != titles[0]}
+    return np.stack([learned[title][b] for b, title in enumerate(best)]), {
+        "chosen": dict(zip(every, best)), "held_out_dnll": named(budgets, titles, rewards), "share_of_prompts": how.get("worst", 1.0),
+        "rank_agreement_of_halves": agreement}
 
 
 def other_kinds(n):
@@ -481,35 +502,32 @@ def compile_tables(model, samples, name, budgets, seed, say):
         rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(budgets, settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
-        even = None if settings.cap == 1 else np.full(len(one), settings.tau_grid[0])  # one threshold for all layers, which all tokens reach
-        log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
+        # one threshold for all layers, which all tokens reach; None: a layer's tokens are its own
+        even = np.full(len(one), settings.tau_grid[0]) if settings.cap > 1 else None
+        log, (L, H) = value_log(model, samples, name, rules, even, budgets, rng, progress), one.shape  # (P, budgets, L, H + 1, A)
         evidence["head_experiences"] = log[..., :-1, :].size
-        losses = loss_log(model, samples, name, rules, even, budgets, rng, progress) if settings.scope == "head" else None
-        learn = lambda prompts: learn_tables(name, log[prompts], losses and [part[prompts] for part in losses])
-        learned, by_kind = learn(slice(None)), [learn(prompts) for prompts in other_kinds(len(samples))]
-        titles, two = list(learned), [learn(prompts) for prompts in halves(len(samples))]
-        chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: (
-            rules[b], by_kind[i % KINDS][title][b], even, budgets[b]), progress, cautious=True)
-        tables = [titles[i] for i in chosen]
-        W = np.stack([learned[table][b] for b, table in enumerate(tables)])
-        evidence["held_out_dnll_by_table"], evidence["W_head"] = named(budgets, titles, rewards), dict(zip(map(str, budgets), tables))
-        agree = lambda table, b: evaluation.rank_correlation(*(half[table][b].ravel() for half in two))
-        evidence["rank_agreement_of_halves"] = {table: agree(table, slice(None)) for table in titles[1:]} | {
-            str(budget): agree(table, b) for b, (budget, table) in enumerate(zip(budgets, tables)) if table != "W = 1"}
-        for budget, row in evidence["held_out_dnll_by_table"].items():
-            say(f"{name}, budget {budget}: W_head is {evidence['W_head'][budget]}; held-out dNLL "
-                + ", ".join(f"{table} {dnll:.3f}" for table, dnll in row.items()))
-        layers, more = learn_layers(model, samples, log, name, rules, W, budgets, progress)
-        evidence |= more
-        for budget, row in more.get("held_out_dnll_by_layers", {}).items():
-            say(f"{name}, budget {budget}: thresholds of layers, strength {more['layers'][budget]:g}; held-out dNLL "
-                + ", ".join(f"{strength} {dnll:.3f}" for strength, dnll in row.items()))
-        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, layers, quantiles, budgets, progress)
+        part_of = lambda losses, prompts: losses and [part[prompts] for part in losses]
+        heads = lambda b, W: (rules[b], W, even, budgets[b])
+        losses = loss_log(model, samples, name, budgets, (L, model.config.n_kv_head), lambda b, x: heads(b, by_head(np.exp(x), H)),
+                          rng, progress) if settings.scope == "head" else None
+        W, evidence["W_head"] = decide(model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
+                                       heads, progress, cautious=True)
+        weights = np.ones((len(budgets), L))  # of layers: what divides their thresholds
+        if even is not None:
+            layers = lambda b, weight: (rules[b], W[b], even / weight, budgets[b])
+            losses = loss_log(model, samples, name, budgets, (L,), lambda b, x: layers(b, np.exp(x)), rng, progress)
+            weights, evidence["layers"] = decide(model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(losses, prompts)),
+                                                 layers, progress, worst=WORST)
+        for what, found in ((what, evidence[what]) for what in ("W_head", "layers") if what in evidence):
+            for budget, row in found["held_out_dnll"].items():
+                say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held-out dNLL, worst {100 * found['share_of_prompts']:.0f}% of prompts: "
+                    + "; ".join(f"{title} {dnll:.3f}" for title, dnll in row.items()))
+        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, 1 / weights, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
     for b, budget in enumerate(map(str, budgets)):
         no_gate, both = mean_dnll[b].round(4).tolist()
-        evidence["check"][budget] = {"dnll_no_tables": evidence["held_out_dnll_by_table"][budget]["W = 1"],
+        evidence["check"][budget] = {"dnll_no_tables": evidence["W_head"]["held_out_dnll"][budget]["neutral"],
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         b = len(budgets) // 2
@@ -521,7 +539,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         for who, result in list(evidence["learners"].items())[1:]:
             say(f"learner {who}, budget {budgets[b]}: cumulative regret "
                 f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")
-    say(f"{name}: rank agreement of W_head from two halves {evidence['rank_agreement_of_halves']}; {time.time() - start:.0f} s")
+    say(f"{name}: rank agreement of W_head from two halves {evidence['W_head']['rank_agreement_of_halves']}; {time.time() - start:.0f} s")
     return ckv.Compiled(np.array(rules, dtype=float), W, T, *quantiles), evidence
 
 

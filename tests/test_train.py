@@ -81,7 +81,8 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
     s.continuation = [5, 9, 2, 31, 14]
     mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.3, 0.1])[:1 if shared else G, None]  # padded
     kept, before = ckv.positions_of(mask), [s.cache.layer(l)[0].clone() for l in range(L)]
-    values, mask = train_tables.token_values(model, s, kept), mask.expand(-1, G, -1).clone()
+    (values, other), mask = train_tables.token_values(model, s, kept, ckv.positions_of(mask.roll(40, -1))), mask.expand(-1, G, -1).clone()
+    assert torch.allclose(values, train_tables.token_values(model, s, kept)[0], atol=1e-6) and not torch.allclose(values, other, atol=1e-4)  # rows do not mix
     assert s.cache.length == [T] * L and all(torch.equal(before[l], s.cache.layer(l)[0]) for l in range(L))  # the cache is as it was
     base, joined, left = loss_of(model, s, mask), [], []
     for l, g in np.ndindex(L, G):
@@ -143,7 +144,7 @@ def test_the_log_charges_for_places(monkeypatch):
         out[0, 1, 2] *= 2  # and head 2 of layer 1 brings better ones
         return out
 
-    monkeypatch.setattr(train_tables, "token_values", lambda model, sample, kept: sample.loss_full)
+    monkeypatch.setattr(train_tables, "token_values", lambda model, sample, *kept: [sample.loss_full] * len(kept))
     monkeypatch.setattr(train_tables, "moved", moved)
     log = train_tables.value_log(model, samples, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
                                  np.random.default_rng(0), tqdm(disable=True))
@@ -207,11 +208,11 @@ def test_heads_take_the_action_that_clearly_pays():
     pays[:, 0] = np.where(np.arange(8) % 2, 0.9, -0.8)[:, None]  # of head 0 all actions are lucky, none is clearly better
     pays[..., neutral] = 0
     log = np.concatenate((pays.reshape(8, 1, *shape, -1), np.full((8, 1, shape[0], 1, len(grid)), 9.0)), axis=3)  # with the column of layers
-    tables = train_tables.learn_tables("compilerkv-paper", log)
+    tables = train_tables.learn_heads("compilerkv-paper", log)
     expected = grid[best].reshape(shape)
     expected[0, 0] = 1
     assert np.array_equal(tables["value"], expected[None])
-    assert (tables["W = 1"] == 1).all() and tables["W = 1"].shape == (1, *shape)
+    assert (tables["neutral"] == 1).all() and tables["neutral"].shape == (1, *shape)
 
 
 def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
@@ -219,12 +220,17 @@ def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
     value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (object(), object())
     log = rng.normal(size=(5, 2, L, H + 1, 5))
-    monkeypatch.setattr(train_tables, "direction", lambda given: value if np.array_equal(given, log[..., :-1, :]) else None)
-    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss if given == (*losses, L) else None)
-    tables = train_tables.learn_tables("compilerkv", log, losses)
-    assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["W = 1"] == 1).all()
+    told = {log[..., :-1, :].tobytes(): value, log[..., -1, :].tobytes(): value[..., -1]}
+    monkeypatch.setattr(train_tables, "direction", lambda given: told[given.tobytes()])
+    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss.reshape(2, -1) if given == losses else None)
+    tables = train_tables.learn_heads("compilerkv", log, losses)
+    assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["neutral"] == 1).all()
     assert np.allclose(np.log(tables["value 0.6, loss 0.2"]), 0.6 * value + 0.2 * loss[:, :, [0, 0, 1, 1]])
     assert np.allclose(np.log(tables["value 0.6"]), 0.6 * value)
+    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss[..., 0] if given == losses else None)
+    tables = train_tables.learn_layers(log, losses)
+    assert len(tables) == len(train_tables.LAYER_STEPS) and (tables["neutral"] == 1).all()
+    assert np.allclose(np.log(tables["value 0.4, loss 0.6"]), 0.4 * value[..., -1] + 0.6 * loss[..., 0])
 
 
 def test_the_rule_that_loses_least_is_chosen(monkeypatch):
@@ -233,6 +239,18 @@ def test_the_rule_that_loses_least_is_chosen(monkeypatch):
     monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([losses[job] for job in jobs]))
     chosen, rewards = train_tables.choose(None, [tiny_sample(8)[1]] * 3, "compilerkv", (60, 70), [0, 1, 2], lambda i, b, a: (b, a), tqdm(disable=True))
     assert chosen.tolist() == [1, 0] and np.allclose(rewards - rewards[:, :1], losses[:, :1] - losses)
+
+
+def test_the_worst_share_decides_where_it_is_asked(monkeypatch):
+    """Guards against the best prompts in the place of the worst, prompts that are the worst of another action, and a mean over all."""
+    model, s = tiny_sample(8)
+    samples = [dataclasses.replace(s, loss_full=float(i)) for i in range(8)]
+    lost = np.array([[4.0, 3.0, 0, 0, 0, 0, 0, 0], [1, 1, 3, 1, 1, 1, 1, 3.5], [2, 2, 2, 2, 2, 2, 2, 2.0]])  # (action, prompt); the best mean: 0
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([lost[a, int(sample.loss_full)] for a in jobs]) + sample.loss_full)
+    run = lambda worst: train_tables.choose(None, samples, "compilerkv", (60,), [0, 1, 2], lambda i, b, a: a, tqdm(disable=True), worst=worst)
+    chosen, rewards = run(0.25)
+    assert chosen.tolist() == [2] and np.allclose(rewards, [[-3.5, -3.25, -2]])
+    assert run(1.0)[0].tolist() == [0] and np.allclose(run(0.01)[1], [[-4, -3.5, -2]])  # at least one prompt
 
 
 def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
@@ -267,9 +285,10 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
         return np.array([fond_of(sample)(W) for _, W, _, _ in jobs])
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    losses = train_tables.loss_log(model, [*[s] * 20, odd], "compilerkv", [RULES["compilerkv"]] * 2, tau, (60, 70),
+    job_of = lambda b, log: (RULES["compilerkv"], train_tables.by_head(np.exp(log), CONFIG.n_head), tau, (60, 70)[b])
+    losses = train_tables.loss_log(model, [*[s] * 20, odd], "compilerkv", (60, 70), (CONFIG.n_layer, CONFIG.n_kv_head), job_of,
                                    np.random.default_rng(0), tqdm(disable=True))
-    of = lambda logs, rewards: train_tables.loss_direction(logs, rewards, CONFIG.n_layer)
+    of = lambda logs, rewards: train_tables.loss_direction(logs, rewards).reshape(2, CONFIG.n_layer, CONFIG.n_kv_head)
     log_W = of(*losses)
     assert log_W.shape == (2, CONFIG.n_layer, CONFIG.n_kv_head) and np.allclose(log_W.std((1, 2)), 1) and np.allclose(log_W.mean(2), 0)
     assert (log_W[:, 1, 0] > -1.5 * log_W[:, 0, 1]).all() and (log_W[:, 0, 1] < 0).all()  # the ratio of the loss itself is 2
@@ -281,55 +300,35 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     assert np.corrcoef(of(logs, rewards).reshape(2, -1))[0, 1] > 0.9
 
 
-def test_layers_get_the_thresholds_that_pay(monkeypatch):
-    """Guards against a sign, a budget that gets another's strength, a strength that costs, and layers that compete in the paper."""
+@pytest.mark.parametrize("name", RULES)
+def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
+    """Guards against a sign, thresholds that drift together, a W_head that is not in force, and layers that compete in the paper's reading."""
     model, s = tiny_sample(6)
-    L, rules, W = CONFIG.n_layer, [RULES["compilerkv"]] * 2, np.ones((2, CONFIG.n_layer, CONFIG.n_head))
-    samples, asked = [dataclasses.replace(s, loss_full=float(i % 2)) for i in range(24)], []
-    log = np.random.default_rng(0).normal(size=(24, 2, L, CONFIG.n_head + 1, 5))  # heads tell nothing,
-    log[..., 0, -1, -1], log[..., 1, -1, -1] = 9, -9  # but a larger weight of all of layer 0 pays: a lower threshold
+    L, H, seen = CONFIG.n_layer, CONFIG.n_head, []
+    samples = [dataclasses.replace(s, risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
+    table = np.exp(np.random.default_rng(0).normal(size=(2, L, H)))
 
     def roll_out(model, sample, name, jobs):
-        asked.append([tau for _, _, tau, _ in jobs])
-        ratio = {60: [], 70: []}
-        for _, _, tau, budget in jobs:
-            ratio[budget].append(np.log(tau[1] / tau[0]))
-        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 it pays or costs, and costs more
-        return np.concatenate((np.abs(np.array(ratio[60]) - 0.8), (-0.3, 0.4)[int(sample.loss_full)] * (np.array(ratio[70]) > 0)))
+        seen.extend(jobs)
+        return np.array([0.0 if tau is None else np.log(tau[0] / tau[1]) for _, _, tau, _ in jobs])  # a lower threshold of layer 0 pays
 
-    monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    learn = lambda name: train_tables.learn_layers(model, samples, log, name, rules, W, (60, 70), tqdm(disable=True))
-    factors, evidence = learn("compilerkv")
-    assert factors.shape == (2, L) and evidence["layers"] == {"60": 0.4, "70": 0.0} and (factors[1] == 1).all()
-    assert np.allclose(factors[0], np.exp([-0.4, 0.4]), atol=1e-3) and evidence["rank_agreement_of_halves_layers"] > 0.5
-    assert evidence["held_out_dnll_by_layers"]["60"]["0.4"] == pytest.approx(-0.5, abs=1e-2)
-    assert evidence["held_out_dnll_by_layers"]["70"]["0.4"] == pytest.approx(evidence["held_out_dnll_by_layers"]["70"]["0.0"] + 0.05)
-    assert len(asked) == 24 and all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for taus in asked for tau in taus)
-    asked.clear()
-    factors, evidence = learn("compilerkv-paper")
-    assert (factors == 1).all() and not evidence and not asked
-
-
-def test_layers_are_judged_by_other_kinds_and_learned_from_all(monkeypatch):
-    """Guards against thresholds that are praised by the prompts they were learned from, and against a part's that ship alone."""
-    model, s = tiny_sample(6)
-    samples, seen = [dataclasses.replace(s, loss_full=float(i)) for i in range(12)], {}
-    monkeypatch.setattr(train_tables, "direction", lambda log: log.sum() * np.array([[-1.0, 1.0]]))  # prompt i says 2 ** i
-
-    def roll_out(model, sample, name, jobs):
-        ratios = [np.log(tau[0] / tau[1]) for _, _, tau, _ in jobs]
-        seen[int(sample.loss_full)] = ratios
-        return sample.loss_full - (np.array(ratios) > 0)  # any other thresholds are better than equal ones, by 1
-
-    monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    log = np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 5))
-    log[:, 0, 0, -1, 0] = 2.0 ** np.arange(12) / 4096
-    factors, _ = train_tables.learn_layers(model, samples, log, "compilerkv", [RULES["compilerkv"]], np.ones((1, CONFIG.n_layer, CONFIG.n_head)),
-                                           (60,), tqdm(disable=True))
-    for i, ratios in seen.items():
-        kind = 2.0 ** (i % 6) + 2.0 ** (i % 6 + 6)  # both prompts of its kind have no say
-        assert np.allclose(ratios, np.array(train_tables.LAYER_STEPS) * 2 * (4095 - kind) / 4096)
-    assert len(seen) == 12 and np.allclose(factors, np.exp(train_tables.LAYER_STEPS[1] * 4095 / 4096 * np.array([1, -1])))
+    fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
+             "learn_heads": lambda *_: {"neutral": table}, "compare_learners": lambda *_: {},
+             "learn_gate": lambda model, samples, name, rules, W, layers, *_: (np.tile(layers[..., None, None], (1, 1, 20, 4)), np.zeros((20, 4)), np.zeros((2, 2)))}
+    for function, fake in fakes.items():
+        monkeypatch.setattr(train_tables, function, fake)
+    compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
+    if name == "compilerkv-paper":
+        assert (compiled.T_gate == 1).all() and "layers" not in evidence and all(tau is None for _, _, tau, _ in seen)
+        return
+    low = np.log(compiled.T_gate[:, :, 0, 0])
+    assert np.allclose(low, [-0.9, 0.9], atol=1e-3)  # the loss has a standard deviation of 1 over layers, the value says nothing
+    assert evidence["layers"]["chosen"] == {"60": "value 0.6, loss 0.9", "70": "value 0.6, loss 0.9"}
+    dnll = evidence["layers"]["held_out_dnll"]["60"]
+    assert dnll["value 0.2, loss 0.3"] - dnll["neutral"] == pytest.approx(-0.6, abs=1e-3)
+    later = seen[-12 * 2 * len(train_tables.LAYER_STEPS):]  # the choice
+    assert all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for _, _, tau, _ in later)
+    assert all(np.array_equal(W, table[(60, 70).index(budget)]) for _, W, _, budget in later)
 
 
 def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
@@ -419,28 +418,39 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     L, H, seen, said = CONFIG.n_layer, CONFIG.n_head, [], 2.0 ** np.arange(12) / 4096
     order = 0.01 * np.arange(L * H).reshape(L, H)
 
-    def learn_tables(name, log, losses):
+    def learn_heads(name, log, losses):
         told = log[:, 0, 0, 0, 0].sum()
         assert losses is None or losses[1].sum() == losses[0].sum() == told  # both rewards are of the same prompts
         table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
-        return {"W = 1": np.ones_like(table), "value": table}
+        return {"neutral": np.ones_like(table), "value": table}
+
+    def learn_layers(log, losses):
+        told = log[:, 0, 0, 0, 0].sum()
+        assert losses[1].sum() == losses[0].sum() == told
+        return {"neutral": np.ones((2, L)), "low": np.full((2, L), 2 + told)}
 
     def roll_out(model, sample, name, jobs):
-        weights = [W[0, 0] for _, W, _, _ in jobs]
-        seen.append((int(sample.loss_full), weights))
-        return sample.loss_full - (np.array(weights) > 1)  # a learned table is better, by 1
+        seen.append((int(sample.loss_full), [(W[0, 0], 1 if tau is None else ckv.OURS.tau_grid[0] / tau[0]) for _, W, tau, _ in jobs]))
+        return sample.loss_full - np.array([int(W > 1) + int(weight > 1) for W, weight in seen[-1][1]])  # a learned table is better, by 1
 
     log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
-    for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_tables", learn_tables),
-                           ("roll_out", roll_out), ("learn_layers", lambda *_: (np.ones((2, L)), {})), ("compare_learners", lambda *_: {})):
+    for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_heads", learn_heads),
+                           ("roll_out", roll_out), ("learn_layers", learn_layers), ("compare_learners", lambda *_: {}),
+                           ("learn_gate", lambda model, samples, name, rules, W, layers, *_: (
+                               np.tile(layers[..., None, None], (1, 1, 20, 4)), np.zeros((20, 4)), np.zeros((2, 2))))):
         monkeypatch.setattr(train_tables, function, fake)
     compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
-    judged = [(i, weights[1], weights[3]) for i, weights in seen if len(weights) == 4]
+    judged = [[i, *tables[1], *tables[3]] for i, tables in seen if len(tables) == 4]
     told = [(4095 - 2.0 ** (i % 6) - 2.0 ** (i % 6 + 6)) / 4096 for i in range(12)]
-    assert judged == [(i, 2 + x, 5 + x) for i, x in enumerate(told)]
-    assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096) and evidence["W_head"] == {"60": "value", "70": "value"}
-    agree = evidence["rank_agreement_of_halves"]
+    assert np.allclose(judged[:12], [(i, 2 + x, 1, 5 + x, 1) for i, x in enumerate(told)])
+    assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096)
+    assert evidence["W_head"]["chosen"] == {"60": "value", "70": "value"}
+    agree = evidence["W_head"]["rank_agreement_of_halves"]
     assert agree["60"] == pytest.approx(1) and agree["70"] == pytest.approx(-1) and agree["value"] not in (1, -1)
+    assert len(judged) == (12 if name == "compilerkv-paper" else 24)
+    if len(judged) == 24:  # layers, under the W_head that ships
+        assert np.allclose(judged[12:], [(i, 2 + 4095 / 4096, 2 + x, 5 + 4095 / 4096, 2 + x) for i, x in enumerate(told)])
+        assert np.allclose(compiled.T_gate, 1 / (2 + 4095 / 4096)) and evidence["layers"]["share_of_prompts"] == train_tables.WORST
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
 
 
@@ -450,26 +460,28 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
     model, s = tiny_sample(9)
     ones, taus = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
 
-    def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False):
+    def choose(model, samples, name, budgets, actions, job_of, progress, **how):
         taus.append(job_of(0, 0, actions[0])[2])
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
-    def learn_tables(name, log, losses):
+    def learn_heads(name, log, losses):
         assert (losses is None) == (name == "compilerkv-paper")
-        return {"W = 1": ones}
+        return {"neutral": ones}
 
     def value_log(model, samples, name, rules, tau, *_):
         taus.append(tau)
         return np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 3))
 
-    def loss_log(model, samples, name, rules, tau, *_):
-        taus.append(tau)
+    def loss_log(model, samples, name, budgets, shape, job_of, *_):
+        if len(shape) == 1:
+            raise KeyboardInterrupt
+        taus.append(job_of(0, np.zeros(shape))[2])
         return np.zeros((12, 4, 4)), np.zeros((12, 4))
 
-    def learn_layers(*_):
+    def learn_gate(*_):
         raise KeyboardInterrupt
 
-    for function in (choose, value_log, loss_log, learn_tables, learn_layers):
+    for function in (choose, value_log, loss_log, learn_heads, learn_gate):
         monkeypatch.setattr(train_tables, function.__name__, function)
     with pytest.raises(KeyboardInterrupt):
         train_tables.compile_tables(model, [s] * 12, name, (60,), 0, lambda text: None)
