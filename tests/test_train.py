@@ -461,6 +461,7 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
     ones, taus = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
 
     def choose(model, samples, name, budgets, actions, job_of, progress, **how):
+        assert how == ({"cautious": True} if taus else {})  # a rule needs no proof, another W than 1 does
         taus.append(job_of(0, 0, actions[0])[2])
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
