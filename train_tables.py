@@ -360,6 +360,17 @@ def compare_learners(log, held_out, seed):
     return out
 
 
+def describe_learners(log, budget, seed, say):
+    """`compare_learners` on the values of heads at one budget, log (P, L, H, A): one half of the prompts is the stream, one judges."""
+    stream, held_out = (evened(log[half], (1, 2, 3)).reshape(len(half), -1, log.shape[-1]) for half in halves(len(log)))  # (P, L H, A)
+    out = {who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
+           for who, (regret, reward) in compare_learners(stream, held_out, seed).items()}
+    for who, result in out.items():
+        say(f"learner {who}, budget {budget}: cumulative regret "
+            f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")
+    return {"budget": budget, **out}
+
+
 def draw_learners(curves, budget, path):
     """Cumulative regret of every learner over the calibration prompts."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -490,6 +501,30 @@ def halves(n):
     return [i[i // KINDS % 2 == half] for half in (0, 1)]
 
 
+def learn_weights(model, samples, name, budgets, rules, rng, progress):
+    """W_head, then the thresholds of layers given it (steps 3 to 5 above).
+
+    Returns W_head (budgets, L, H), what divides the thresholds (budgets, L), the log of `value_log`, and the evidence as a dict.
+    """
+    settings, (L, H, G) = ckv.SETTINGS[name], (model.config.n_layer, model.config.n_head, model.config.n_kv_head)
+    even = np.full(L, settings.tau_grid[0]) if settings.cap > 1 else None  # one threshold that all tokens reach; None: layers do not compete
+    heads = lambda b, W: (rules[b], W, even, budgets[b])  # jobs of `roll_out`
+    layers = lambda b, weight: (rules[b], W[b], even / weight, budgets[b])
+    part_of = lambda losses, prompts: losses and [part[prompts] for part in losses]
+    log, losses = value_log(model, samples, name, rules, even, budgets, rng, progress), None  # (P, budgets, L, H + 1, A)
+    if settings.scope == "head":
+        losses = loss_log(model, samples, name, budgets, (L, G), lambda b, x: heads(b, by_head(np.exp(x), H)), rng, progress)
+    W, of_heads = decide(model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
+                         heads, progress, cautious=True)
+    evidence = {"head_experiences": log[..., :-1, :].size, "W_head": of_heads}
+    if even is None:
+        return W, np.ones((len(budgets), L)), log, evidence
+    losses = loss_log(model, samples, name, budgets, (L,), lambda b, x: layers(b, np.exp(x)), rng, progress)
+    weights, evidence["layers"] = decide(model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(losses, prompts)),
+                                         layers, progress, worst=WORST)
+    return W, weights, log, evidence
+
+
 def compile_tables(model, samples, name, budgets, seed, say):
     """The compilation of one reading of the method: rule, heads, gate. Returns ckv.Compiled and its evidence as a dict."""
     start, rng, settings = time.time(), np.random.default_rng(seed), ckv.SETTINGS[name]
@@ -502,23 +537,9 @@ def compile_tables(model, samples, name, budgets, seed, say):
         rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(budgets, settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
-        # one threshold for all layers, which all tokens reach; None: a layer's tokens are its own
-        even = np.full(len(one), settings.tau_grid[0]) if settings.cap > 1 else None
-        log, (L, H) = value_log(model, samples, name, rules, even, budgets, rng, progress), one.shape  # (P, budgets, L, H + 1, A)
-        evidence["head_experiences"] = log[..., :-1, :].size
-        part_of = lambda losses, prompts: losses and [part[prompts] for part in losses]
-        heads = lambda b, W: (rules[b], W, even, budgets[b])
-        losses = loss_log(model, samples, name, budgets, (L, model.config.n_kv_head), lambda b, x: heads(b, by_head(np.exp(x), H)),
-                          rng, progress) if settings.scope == "head" else None
-        W, evidence["W_head"] = decide(model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
-                                       heads, progress, cautious=True)
-        weights = np.ones((len(budgets), L))  # of layers: what divides their thresholds
-        if even is not None:
-            layers = lambda b, weight: (rules[b], W[b], even / weight, budgets[b])
-            losses = loss_log(model, samples, name, budgets, (L,), lambda b, x: layers(b, np.exp(x)), rng, progress)
-            weights, evidence["layers"] = decide(model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(losses, prompts)),
-                                                 layers, progress, worst=WORST)
-        for what, found in ((what, evidence[what]) for what in ("W_head", "layers") if what in evidence):
+        W, weights, log, more = learn_weights(model, samples, name, budgets, rules, rng, progress)
+        evidence |= more
+        for what, found in ((what, more[what]) for what in ("W_head", "layers") if what in more):
             for budget, row in found["held_out_dnll"].items():
                 say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held-out dNLL, worst {100 * found['share_of_prompts']:.0f}% of prompts: "
                     + "; ".join(f"{title} {dnll:.3f}" for title, dnll in row.items()))
@@ -530,15 +551,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         evidence["check"][budget] = {"dnll_no_tables": evidence["W_head"]["held_out_dnll"][budget]["neutral"],
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
-        b = len(budgets) // 2
-        stream, held_out = (evened(log[half][:, b, :, :-1], (1, 2, 3)).reshape(len(half), -1, log.shape[-1])
-                            for half in halves(len(samples)))  # (P, L H, A)
-        evidence["learners"] = {"budget": budgets[b], **{
-            who: {"regret": None if regret is None else regret.round(4).tolist(), "held_out_reward": reward}
-            for who, (regret, reward) in compare_learners(stream, held_out, seed).items()}}
-        for who, result in list(evidence["learners"].items())[1:]:
-            say(f"learner {who}, budget {budgets[b]}: cumulative regret "
-                f"{'-' if result['regret'] is None else round(result['regret'][-1], 2)}, held-out reward {result['held_out_reward']:+.5f}")
+        evidence["learners"] = describe_learners(log[:, len(budgets) // 2, :, :-1], budgets[len(budgets) // 2], seed, say)
     say(f"{name}: rank agreement of W_head from two halves {evidence['W_head']['rank_agreement_of_halves']}; {time.time() - start:.0f} s")
     return ckv.Compiled(np.array(rules, dtype=float), W, T, *quantiles), evidence
 
