@@ -302,7 +302,8 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
 
 @pytest.mark.parametrize("name", RULES)
 def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
-    """Guards against a sign, thresholds that drift together, a W_head that is not in force, and layers that compete in the paper's reading."""
+    """Guards against a sign, a budget that gets another's strength, a strength that costs, thresholds that drift together, a W_head that is
+    not in force, and layers that compete in the paper's reading."""
     model, s = tiny_sample(6)
     L, H, seen = CONFIG.n_layer, CONFIG.n_head, []
     samples = [dataclasses.replace(s, risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
@@ -310,7 +311,9 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
 
     def roll_out(model, sample, name, jobs):
         seen.extend(jobs)
-        return np.array([0.0 if tau is None else np.log(tau[0] / tau[1]) for _, _, tau, _ in jobs])  # a lower threshold of layer 0 pays
+        ratio = np.array([0.0 if tau is None else np.log(tau[1] / tau[0]) for _, _, tau, _ in jobs])
+        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower
+        return np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 0.3 * (np.abs(ratio) > 1e-9))
 
     fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
              "learn_heads": lambda *_: {"neutral": table}, "compare_learners": lambda *_: {},
@@ -322,10 +325,12 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
         assert (compiled.T_gate == 1).all() and "layers" not in evidence and all(tau is None for _, _, tau, _ in seen)
         return
     low = np.log(compiled.T_gate[:, :, 0, 0])
-    assert np.allclose(low, [-0.9, 0.9], atol=1e-3)  # the loss has a standard deviation of 1 over layers, the value says nothing
-    assert evidence["layers"]["chosen"] == {"60": "value 0.6, loss 0.9", "70": "value 0.6, loss 0.9"}
-    dnll = evidence["layers"]["held_out_dnll"]["60"]
-    assert dnll["value 0.2, loss 0.3"] - dnll["neutral"] == pytest.approx(-0.6, abs=1e-3)
+    assert np.allclose(low, [[-0.6, 0.6], [0, 0]], atol=1e-3)  # the loss has a standard deviation of 1 over layers, the value says nothing
+    assert evidence["layers"]["chosen"] == {"60": "value 0.4, loss 0.6", "70": "neutral"}
+    dnll = evidence["layers"]["held_out_dnll"]
+    assert dnll["60"]["value 0.2, loss 0.3"] - dnll["60"]["neutral"] == pytest.approx(-0.6, abs=1e-3)
+    assert dnll["70"]["value 0.2, loss 0.3"] - dnll["70"]["neutral"] == pytest.approx(0.3, abs=1e-3)
+    assert evidence["layers"]["rank_agreement_of_halves"]["60"] > 0.5 and "70" not in evidence["layers"]["rank_agreement_of_halves"]
     later = seen[-12 * 2 * len(train_tables.LAYER_STEPS):]  # the choice
     assert all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for _, _, tau, _ in later)
     assert all(np.array_equal(W, table[(60, 70).index(budget)]) for _, W, _, budget in later)
