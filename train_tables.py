@@ -7,16 +7,16 @@
    kept or not, by how much the loss would fall with it, to first order. In state (budget, layer, head), W_head is multiplied by a
    value of the grid, and the reward is the value of the entries that this lifts over the threshold, less the price of their places;
    one pass serves every state and action. The loss: random tables are rolled out for real, and all heads of a table share its
-   reward. Layers compete meanwhile, as under the gate, but with one threshold that every token reaches: under a higher one, a head
-   would be paid for the tokens that a larger W adds.
-4. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
-   a bandit chooses for each budget; W = 1 stays unless the best is better by more than one standard error. What ships is learned
-   from all prompts.
-5. Gate, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
-   heads, from the value of what a layer's threshold moves and from the loss of random thresholds. How far they go is decided by
-   the prompts that lose most, for the gate is there to control risk. Then, in state (budget, entropy bin, perplexity bin), all
-   thresholds together take a level; the reward is the paper's, of real roll-outs: the loss, and the penalty for candidates beyond
-   the budget.
+   reward. Layers compete meanwhile, as under the gate, with thresholds (random too where tables are) that every token reaches:
+   under higher ones, a head would be paid for the tokens that a larger W adds.
+4. Layers, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
+   heads, from the value of what a layer's threshold moves and from the loss of random thresholds.
+5. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
+   a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the gate is there to control
+   risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more than one standard error.
+   What ships is learned from all prompts.
+6. Gate. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real
+   roll-outs: the loss, and the penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -43,18 +43,20 @@ HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
 CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
-TABLES = 16             # random W_head, and as many random T_gate, that every prompt rolls out for each budget, half of them mirror images
-SPREAD = 0.8            # by how much a random table moves the log of each entry, up or down
+TABLES = 8              # random W_head, and as many random T_gate, that every prompt rolls out for each budget, half of them mirror images
+SPREAD = 1.2            # by how much such a table moves the log of each entry, up or down; from 0.8, twice as many tell as much
 NOISE = 0.1             # nats; differences between a prompt's roll-outs that are smaller than this count less
 # Strengths among which real roll-outs decide: the log of W at a head whose larger weight surely pays in value, and the standard deviation
 # over heads of the log of the table learned from the loss; of layers the same, of 1 / threshold. They are few: the best of many would be
 # the luckiest.
 HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
+HEAD_START = (0.6, 0.2)  # beside which the layers are learned
 LAYER_STEPS = ((0.0, 0.0), (0.2, 0.3), (0.4, 0.6), (0.6, 0.9))
 WORST = 0.25            # share of the prompts, those that lose most, whose mean loss decides on the thresholds of layers
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
 ROWS = 24               # roll-outs in one batch: bounds memory
+VALUE_SPREAD = 0.8      # by how much the random W around which values are taken move a head's log, in the grid's widest steps
 VALUE_ROWS = 4          # passes forth and back in one batch, of budgets that are alike: more would pad the small ones
 
 
@@ -196,11 +198,11 @@ def moved(u, W, n_sets, budget, window, kept, values, grid):
 
 
 def random_logs(rng, n, *shape):
-    """Logs of n random tables, (n, *shape): every entry goes up or down by SPREAD.
+    """Logs of n random tables, (n, *shape), in units of their spread: every entry goes up or down by 1.
 
     Only ratios along the last axis are of interest, of the KV heads of a layer or of all layers, so that the mean is 0 there.
     """
-    x = SPREAD * rng.choice((-1.0, 1.0), size=(n, *shape))
+    x = rng.choice((-1.0, 1.0), size=(n, *shape))
     return x - x.mean(-1, keepdims=True)
 
 
@@ -213,7 +215,7 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
     """
     settings, c, logs = ckv.SETTINGS[name], model.config, []
     tau, n_sets = None if tau is None else torch.as_tensor(tau, dtype=torch.float32), settings.n_sets(c.n_kv_head)
-    reach, neutral = np.log(settings.W_grid[-1]), settings.W_grid.index(1.0)  # the grid's widest step
+    reach, neutral = VALUE_SPREAD * np.log(settings.W_grid[-1]), settings.W_grid.index(1.0)
     for sample in samples:
         found, tables = torch.zeros(len(budgets), 2, c.n_layer, c.n_head + 1, len(settings.W_grid)), []
         for b, x in enumerate(random_logs(rng, len(budgets), c.n_layer, c.n_kv_head)):
@@ -272,35 +274,38 @@ def by_head(x, n_head):
     return np.repeat(x, n_head // x.shape[-1], axis=-1)
 
 
-def loss_log(model, samples, name, budgets, shape, job_of, rng, progress):
-    """Random tables of a shape, rolled out for real: their logs (P, budgets, N, their entries) and what they paid (P, budgets, N).
+def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
+    """Random tables, rolled out for real: their logs (P, budgets, TABLES, entries) and what they paid (P, budgets, TABLES).
 
-    job_of(budget's number, log of a table) -> a job of `roll_out`. A prompt's rewards at one budget are counted from their mean, in
-    standard deviations, so that no prompt outvotes the others.
+    shapes: of the parts of a table, whose entries follow one another in the log; job_of(budget's number, log of each part) -> a job
+    of `roll_out`. A prompt's rewards at one budget are counted from their mean, in standard deviations, so that no prompt outvotes
+    the others.
     """
     logs, rewards = [], []
     for sample in samples:
-        x = random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
-        x = np.concatenate((x, -x), axis=1)  # with mirror images: (budgets, TABLES, *shape)
-        jobs = [job_of(b, log) for b in range(len(budgets)) for log in x[b]]
+        parts = []
+        for shape in shapes:
+            x = SPREAD * random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
+            parts.append(np.concatenate((x, -x), axis=1))  # with mirror images: (budgets, TABLES, *shape)
+        jobs = [job_of(b, *table) for b in range(len(budgets)) for table in zip(*(x[b] for x in parts))]
         r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, TABLES)
-        logs.append(x.reshape(*r.shape, -1))
+        logs.append(np.concatenate([x.reshape(*r.shape, -1) for x in parts], axis=-1))
         rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
     return np.stack(logs), np.stack(rewards)
 
 
-def loss_direction(logs, rewards):
-    """The direction (budgets, entries) in which the log of a table should go by `loss_log`, with a standard deviation of 1.
+def loss_direction(logs, rewards, n):
+    """The direction (budgets, n) in which the log of a table's first n entries should go by `loss_log`, with a standard deviation of 1.
 
     It is what LinUCB's regression of the rewards on the logs of the tables finds: one action, to use the table.
     """
     steps = []
     for weight in np.sqrt(lent(rewards.shape[1])):  # (budgets,): a regression counts the squares
-        x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, N, entries) -> (P budgets N, entries)
+        x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, TABLES, entries) -> (P budgets TABLES, entries)
         bandit = LinUCB(x, 1)
         bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), (weight[:, None] * rewards).ravel())
-        steps.append(bandit.theta()[0])
+        steps.append(bandit.theta()[0, :n])
     return np.stack([step / (step.std() + 1e-12) for step in steps])
 
 
@@ -310,7 +315,7 @@ def at_strengths(steps, value, loss):
     return {title(x, y): np.exp(x * value + y * loss) for x, y in steps}
 
 
-def learn_heads(name, log, losses=None):
+def learn_heads(name, log, losses=None, steps=HEAD_STEPS):
     """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
     grid, heads = ckv.SETTINGS[name].W_grid, log[..., :-1, :]  # (P, budgets, L, H, A)
     if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
@@ -318,13 +323,14 @@ def learn_heads(name, log, losses=None):
         table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
         return {"neutral": np.ones_like(table), "value": table}
     L, H = heads.shape[2:4]
-    loss = loss_direction(*losses)  # (budgets, L G)
-    return at_strengths(HEAD_STEPS, direction(heads), by_head(loss.reshape(len(loss), L, -1), H))
+    G = losses[0].shape[-1] // L - 1  # an entry of the log for each of L G heads, then one for each layer
+    loss = loss_direction(*losses, L * G).reshape(-1, L, G)  # (budgets, L G) -> (budgets, L, G)
+    return at_strengths(steps, direction(heads), by_head(loss, H))
 
 
 def learn_layers(log, losses):
     """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; log and losses as in `learn_heads`."""
-    return at_strengths(LAYER_STEPS, direction(log[..., -1, :]), loss_direction(*losses))  # a lower threshold is a larger weight
+    return at_strengths(LAYER_STEPS, direction(log[..., -1, :]), loss_direction(*losses, log.shape[2]))  # a lower threshold is a larger weight
 
 
 def named(budgets, actions, rewards):
@@ -451,11 +457,12 @@ def roll_out(model, sample, name, jobs):
     return np.array([loss_of[key] for key in which])
 
 
-def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0):
+def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0, lend=False):
     """For each budget the action whose real roll-outs lose least; cautious: action 0 if that is not better by a standard error.
 
     job_of(sample's number, budget's number, action) -> a job of `roll_out`. worst: the share of the prompts, for each action those
-    that lose most, whose mean counts. Returns the indices of the chosen actions (budgets,) and these mean rewards (budgets, actions).
+    that lose most, whose mean counts; lend: other budgets count as in `lent`. Returns the indices of the chosen actions (budgets,)
+    and these mean rewards, of each budget alone (budgets, actions).
     """
     rewards = []
     for i, sample in enumerate(samples):
@@ -464,8 +471,9 @@ def choose(model, samples, name, budgets, actions, job_of, progress, cautious=Fa
         progress.update(len(jobs))
     rewards = np.stack(rewards)  # (P, budgets, actions)
     mean = np.sort(rewards, axis=0)[:max(1, round(worst * len(samples)))].mean(0)  # (budgets, actions)
-    gain = of_complete_log(rewards - rewards[..., :1])  # counted from action 0 on the same prompt
-    best, every = mean.argmax(1), np.arange(len(budgets))
+    weights = lent(len(budgets)) if lend else np.eye(len(budgets))
+    gain = of_complete_log(np.einsum("bc,pca->pba", weights, rewards - rewards[..., :1]))  # counted from action 0 on the same prompt
+    best, every = (weights @ mean).argmax(1), np.arange(len(budgets))
     clear = gain.values()[every, best] > gain.errors()[every, best]
     return np.where(clear, best, 0) if cautious else best, mean
 
@@ -479,7 +487,8 @@ def decide(model, samples, name, budgets, learn, job_of, progress, **how):
     n = len(samples)
     learned, by_kind, two = learn(slice(None)), list(map(learn, other_kinds(n))), list(map(learn, halves(n)))
     titles, every = list(learned), list(map(str, budgets))
-    chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: job_of(b, by_kind[i % KINDS][title][b]), progress, **how)
+    chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: job_of(b, by_kind[i % KINDS][title][b]), progress,
+                             lend=True, **how)
     best = [titles[i] for i in chosen]
     agree = lambda title, b: evaluation.rank_correlation(*(half[title][b].ravel() for half in two))
     agreement = {title: agree(title, slice(None)) for title in titles[1:]}
@@ -502,26 +511,28 @@ def halves(n):
 
 
 def learn_weights(model, samples, name, budgets, rules, rng, progress):
-    """W_head, then the thresholds of layers given it (steps 3 to 5 above).
+    """W_head, and what divides the thresholds of layers (steps 3 to 5 above).
 
-    Returns W_head (budgets, L, H), what divides the thresholds (budgets, L), the log of `value_log`, and the evidence as a dict.
+    Returns W_head (budgets, L, H), the divisors (budgets, L), the log of `value_log`, and the evidence as a dict.
     """
     settings, (L, H, G) = ckv.SETTINGS[name], (model.config.n_layer, model.config.n_head, model.config.n_kv_head)
-    even = np.full(L, settings.tau_grid[0]) if settings.cap > 1 else None  # one threshold that all tokens reach; None: layers do not compete
-    heads = lambda b, W: (rules[b], W, even, budgets[b])  # jobs of `roll_out`
-    layers = lambda b, weight: (rules[b], W[b], even / weight, budgets[b])
+    layers_compete = settings.cap > 1
+    even = np.full(L, settings.tau_grid[0]) if layers_compete else None  # one threshold that all tokens reach; None: no gate
+    job = lambda b, W, weight: (rules[b], W, even / weight if layers_compete else None, budgets[b])  # of `roll_out`
     part_of = lambda losses, prompts: losses and [part[prompts] for part in losses]
-    log, losses = value_log(model, samples, name, rules, even, budgets, rng, progress), None  # (P, budgets, L, H + 1, A)
-    if settings.scope == "head":
-        losses = loss_log(model, samples, name, budgets, (L, G), lambda b, x: heads(b, by_head(np.exp(x), H)), rng, progress)
-    W, of_heads = decide(model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
-                         heads, progress, cautious=True)
-    evidence = {"head_experiences": log[..., :-1, :].size, "W_head": of_heads}
-    if even is None:
-        return W, np.ones((len(budgets), L)), log, evidence
-    losses = loss_log(model, samples, name, budgets, (L,), lambda b, x: layers(b, np.exp(x)), rng, progress)
-    weights, evidence["layers"] = decide(model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(losses, prompts)),
-                                         layers, progress, worst=WORST)
+    log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
+    weights, losses, evidence = np.ones((len(budgets), L)), None, {"head_experiences": log[..., :-1, :].size}
+    if layers_compete:
+        random_loss = lambda shapes, job_of: loss_log(model, samples, name, budgets, shapes, job_of, rng, progress)
+        losses = random_loss(((L, G), (L,)), lambda b, heads, layers: job(b, by_head(np.exp(heads), H), np.exp(layers)))
+        (start,) = learn_heads(name, log, losses, (HEAD_START,)).values()
+        of_layers = random_loss(((L,),), lambda b, layers: job(b, start[b], np.exp(layers)))
+        weights, evidence["layers"] = decide(
+            model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(of_layers, prompts)),
+            lambda b, weight: job(b, start[b], weight), progress, worst=WORST)
+    W, evidence["W_head"] = decide(
+        model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
+        lambda b, W: job(b, W, weights[b]), progress, cautious=True)
     return W, weights, log, evidence
 
 
@@ -539,7 +550,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
             say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         W, weights, log, more = learn_weights(model, samples, name, budgets, rules, rng, progress)
         evidence |= more
-        for what, found in ((what, more[what]) for what in ("W_head", "layers") if what in more):
+        for what, found in ((what, more[what]) for what in ("layers", "W_head") if what in more):
             for budget, row in found["held_out_dnll"].items():
                 say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held-out dNLL, worst {100 * found['share_of_prompts']:.0f}% of prompts: "
                     + "; ".join(f"{title} {dnll:.3f}" for title, dnll in row.items()))
@@ -548,7 +559,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
     for b, budget in enumerate(map(str, budgets)):
         no_gate, both = mean_dnll[b].round(4).tolist()
-        evidence["check"][budget] = {"dnll_no_tables": evidence["W_head"]["held_out_dnll"][budget]["neutral"],
+        evidence["check"][budget] = {"dnll_no_tables": round(float(-rewards[b].max()), 4),  # of the rule that was chosen
                                      "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         evidence["learners"] = describe_learners(log[:, len(budgets) // 2, :, :-1], budgets[len(budgets) // 2], seed, say)

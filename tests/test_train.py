@@ -158,7 +158,7 @@ def test_the_log_charges_for_places(monkeypatch):
     assert [budget for budget, _ in seen] == [60, 60, 70, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
     assert all(torch.allclose(one, -other) for (_, one), (_, other) in zip(seen[::2], seen[1::2]))
     assert all(torch.allclose(x.mean(1), torch.zeros(L), atol=1e-6) and torch.allclose(x[:, 0], x[:, 1]) for _, x in seen)  # by KV head
-    assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.SPREAD)
+    assert max(x.abs().max() for _, x in seen) == pytest.approx(train_tables.VALUE_SPREAD)
     seen.clear()
     log = train_tables.value_log(model, samples, "compilerkv-paper", [RULES["compilerkv-paper"]] * 2, None, (68, 70), np.random.default_rng(0), tqdm(disable=True))
     assert [budget for budget, _ in seen] == [70] * 6 and not log[:, 0].any() and log[:, 1].any()  # at 68 tokens window and sinks are all
@@ -218,16 +218,18 @@ def test_heads_take_the_action_that_clearly_pays():
 def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
     """Guards against a strength of the other reward, a head that gets another's weight, and the column of layers among the heads."""
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
-    value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (object(), object())
+    value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (np.zeros((5, 2, 8, L * G + L)), object())
     log = rng.normal(size=(5, 2, L, H + 1, 5))
     told = {log[..., :-1, :].tobytes(): value, log[..., -1, :].tobytes(): value[..., -1]}
     monkeypatch.setattr(train_tables, "direction", lambda given: told[given.tobytes()])
-    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss.reshape(2, -1) if given == losses else None)
+    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss.reshape(2, -1) if given == (*losses, L * G) else None)
     tables = train_tables.learn_heads("compilerkv", log, losses)
     assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["neutral"] == 1).all()
     assert np.allclose(np.log(tables["value 0.6, loss 0.2"]), 0.6 * value + 0.2 * loss[:, :, [0, 0, 1, 1]])
     assert np.allclose(np.log(tables["value 0.6"]), 0.6 * value)
-    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss[..., 0] if given == losses else None)
+    (start,) = train_tables.learn_heads("compilerkv", log, losses, ((0.5, 0.1),)).values()
+    assert np.allclose(np.log(start), 0.5 * value + 0.1 * loss[:, :, [0, 0, 1, 1]])
+    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss[..., 0] if given == (*losses, L) else None)
     tables = train_tables.learn_layers(log, losses)
     assert len(tables) == len(train_tables.LAYER_STEPS) and (tables["neutral"] == 1).all()
     assert np.allclose(np.log(tables["value 0.4, loss 0.6"]), 0.4 * value[..., -1] + 0.6 * loss[..., 0])
@@ -253,6 +255,21 @@ def test_the_worst_share_decides_where_it_is_asked(monkeypatch):
     assert run(1.0)[0].tolist() == [0] and np.allclose(run(0.01)[1], [[-4, -3.5, -2]])  # at least one prompt
 
 
+def test_budgets_lend_each_other_what_decides_on_strengths(monkeypatch):
+    """Guards against a strength that one budget's luck decides, an error of that budget alone, and evidence that is mixed."""
+    budgets, jitter, model = (60, 70, 80), np.array([0.3, -0.3, 0.1, -0.1]), tiny_sample(8)[0]
+    lost = {60: (1.0, 0.9), 70: (1.0, 1.02), 80: (1.0, 0.9)}  # action 1 is better but at 70 tokens, by chance
+    samples = [dataclasses.replace(tiny_sample(8)[1], loss_full=x) for x in jitter]
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([lost[b][a] for b, a in jobs]) + sample.loss_full)
+    run = lambda **how: train_tables.choose(model, samples, "compilerkv", budgets, [0, 1], lambda i, b, a: (budgets[b], a), tqdm(disable=True), **how)
+    assert run()[0].tolist() == [1, 0, 1] and run(lend=True)[0].tolist() == run(lend=True, cautious=True)[0].tolist() == [1, 1, 1]
+    assert np.allclose(run(lend=True)[1], [[-1, -0.9], [-1, -1.02], [-1, -0.9]])
+    lost[80] = (1.0, 1.0)
+    assert run(lend=True)[0].tolist() == [1, 1, 1]  # 0.7 x 0.1 outweighs 0.02, and two steps away half of 0.1 is left
+    lost[60] = (1.0, 1.1)
+    assert run(lend=True)[0].tolist() == [0, 0, 0]
+
+
 def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
     """Guards against the loss of one table being booked on another, and against the same work done twice."""
     model, s = tiny_sample(4)
@@ -269,27 +286,29 @@ def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
 
 
 def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
-    """Guards against a sign, a mirror image or a head that is mixed up with another."""
+    """Guards against a sign, a mirror image, a head that is mixed up with another, and what thresholds do that is booked on heads."""
     model, s = tiny_sample(5)
-    n_groups = CONFIG.n_head // CONFIG.n_kv_head
-    loss = lambda W: 1.0 - np.log(W[1, 0]) + 0.5 * np.log(W[0, n_groups])  # KV head 0 of layer 1 up, 1 of layer 0 down
-    louder = lambda W: 50 * loss(W)  # one prompt that loses fifty times as much, and wants the opposite
-    fond_of = lambda sample: (lambda W: -louder(W)) if sample is odd else loss
+    L, G = CONFIG.n_layer, CONFIG.n_kv_head
+    n_groups = CONFIG.n_head // G
+    loss = lambda W, tau: 1.0 - np.log(W[1, 0]) + 0.5 * np.log(W[0, n_groups]) + 0.8 * np.log(tau[0])  # KV head 0 of layer 1 up, 1 of layer 0 down
+    louder = lambda W, tau: 50 * loss(W, tau)  # one prompt that loses fifty times as much, and wants the opposite
+    fond_of = lambda sample: (lambda *table: -louder(*table)) if sample is odd else loss
     odd = dataclasses.replace(s)
-    tau = np.ones(CONFIG.n_layer)
 
     def roll_out(model, sample, name, jobs):
-        assert all(under is tau for _, _, under, _ in jobs) and [budget for *_, budget in jobs] == [60] * (len(jobs) // 2) + [70] * (len(jobs) // 2)
-        assert all(np.allclose(np.log(W).mean(1), 0) for _, W, _, _ in jobs)  # heads are weighed against those of their layer
-        assert np.allclose(sum(np.log(W) for _, W, _, _ in jobs), 0)  # half of the tables are mirror images of the others
-        return np.array([fond_of(sample)(W) for _, W, _, _ in jobs])
+        assert [budget for *_, budget in jobs] == [60] * train_tables.TABLES + [70] * train_tables.TABLES
+        W, tau = (np.log([job[i] for job in jobs]) for i in (1, 2))
+        assert np.allclose(W.mean(2), 0) and np.allclose(tau.mean(1), 0)  # heads are weighed against those of their layer
+        assert np.allclose(W.sum(0), 0) and np.allclose(tau.sum(0), 0)  # half of the tables are mirror images of the others
+        assert np.ptp(tau) == pytest.approx(2 * train_tables.SPREAD)
+        return np.array([fond_of(sample)(W, tau) for _, W, tau, _ in jobs])
 
     monkeypatch.setattr(train_tables, "roll_out", roll_out)
-    job_of = lambda b, log: (RULES["compilerkv"], train_tables.by_head(np.exp(log), CONFIG.n_head), tau, (60, 70)[b])
-    losses = train_tables.loss_log(model, [*[s] * 20, odd], "compilerkv", (60, 70), (CONFIG.n_layer, CONFIG.n_kv_head), job_of,
-                                   np.random.default_rng(0), tqdm(disable=True))
-    of = lambda logs, rewards: train_tables.loss_direction(logs, rewards).reshape(2, CONFIG.n_layer, CONFIG.n_kv_head)
-    log_W = of(*losses)
+    job_of = lambda b, heads, layers: (RULES["compilerkv"], train_tables.by_head(np.exp(heads), CONFIG.n_head), np.exp(-layers), (60, 70)[b])
+    losses = train_tables.loss_log(model, [*[s] * 20, odd], "compilerkv", (60, 70), ((L, G), (L,)), job_of, np.random.default_rng(0), tqdm(disable=True))
+    of = lambda logs, rewards: train_tables.loss_direction(logs, rewards, L * G).reshape(2, L, G)
+    log_W, layers = of(*losses), train_tables.loss_direction(*losses, L * G + L)[:, L * G:]
+    assert (layers[:, 0] > 0.3).all() and np.allclose(layers.mean(1), 0)  # a larger log is a lower threshold
     assert log_W.shape == (2, CONFIG.n_layer, CONFIG.n_kv_head) and np.allclose(log_W.std((1, 2)), 1) and np.allclose(log_W.mean(2), 0)
     assert (log_W[:, 1, 0] > -1.5 * log_W[:, 0, 1]).all() and (log_W[:, 0, 1] < 0).all()  # the ratio of the loss itself is 2
     assert np.allclose(losses[1].mean(-1), 0) and (of(*(part[20:] for part in losses))[:, 1, 0] < 0).all()  # rewards stay with their prompt
@@ -312,8 +331,8 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     def roll_out(model, sample, name, jobs):
         seen.extend(jobs)
         ratio = np.array([0.0 if tau is None else np.log(tau[1] / tau[0]) for _, _, tau, _ in jobs])
-        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower
-        return np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 0.3 * (np.abs(ratio) > 1e-9))
+        # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower, and more than is lent
+        return np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 1.2 * (np.abs(ratio) > 1e-9))
 
     fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
              "learn_heads": lambda *_: {"neutral": table}, "compare_learners": lambda *_: {},
@@ -329,11 +348,12 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     assert evidence["layers"]["chosen"] == {"60": "value 0.4, loss 0.6", "70": "neutral"}
     dnll = evidence["layers"]["held_out_dnll"]
     assert dnll["60"]["value 0.2, loss 0.3"] - dnll["60"]["neutral"] == pytest.approx(-0.6, abs=1e-3)
-    assert dnll["70"]["value 0.2, loss 0.3"] - dnll["70"]["neutral"] == pytest.approx(0.3, abs=1e-3)
+    assert dnll["70"]["value 0.2, loss 0.3"] - dnll["70"]["neutral"] == pytest.approx(1.2, abs=1e-3)
     assert evidence["layers"]["rank_agreement_of_halves"]["60"] > 0.5 and "70" not in evidence["layers"]["rank_agreement_of_halves"]
-    later = seen[-12 * 2 * len(train_tables.LAYER_STEPS):]  # the choice
+    later = seen[-12 * 2 * (len(train_tables.LAYER_STEPS) + 1):]  # the choices of layers, and of heads: of one
     assert all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for _, _, tau, _ in later)
     assert all(np.array_equal(W, table[(60, 70).index(budget)]) for _, W, _, budget in later)
+    assert all(np.allclose(np.log(tau / ckv.OURS.tau_grid[0]), low[(60, 70).index(budget)]) for _, _, tau, budget in seen[-12 * 2:])  # heads under the layers that ship
 
 
 def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
@@ -423,8 +443,10 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     L, H, seen, said = CONFIG.n_layer, CONFIG.n_head, [], 2.0 ** np.arange(12) / 4096
     order = 0.01 * np.arange(L * H).reshape(L, H)
 
-    def learn_heads(name, log, losses):
+    def learn_heads(name, log, losses, steps=()):
         told = log[:, 0, 0, 0, 0].sum()
+        if steps:  # beside what the layers are learned
+            return {"start": np.full((2, L, H), 3.0)}
         assert losses is None or losses[1].sum() == losses[0].sum() == told  # both rewards are of the same prompts
         table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
         return {"neutral": np.ones_like(table), "value": table}
@@ -447,15 +469,17 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
     judged = [[i, *tables[1], *tables[3]] for i, tables in seen if len(tables) == 4]
     told = [(4095 - 2.0 ** (i % 6) - 2.0 ** (i % 6 + 6)) / 4096 for i in range(12)]
-    assert np.allclose(judged[:12], [(i, 2 + x, 1, 5 + x, 1) for i, x in enumerate(told)])
+    lower = 1
+    if name == "compilerkv":  # layers, beside the heads that learning starts with
+        assert np.allclose(judged[:12], [(i, 3, 2 + x, 3, 2 + x) for i, x in enumerate(told)])
+        lower = 2 + 4095 / 4096
+        assert np.allclose(compiled.T_gate, 1 / lower) and evidence["layers"]["share_of_prompts"] == train_tables.WORST
+    assert np.allclose(judged[-12:], [(i, 2 + x, lower, 5 + x, lower) for i, x in enumerate(told)])  # heads, under the layers that ship
+    assert len(judged) == (12 if name == "compilerkv-paper" else 24)
     assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096)
     assert evidence["W_head"]["chosen"] == {"60": "value", "70": "value"}
     agree = evidence["W_head"]["rank_agreement_of_halves"]
     assert agree["60"] == pytest.approx(1) and agree["70"] == pytest.approx(-1) and agree["value"] not in (1, -1)
-    assert len(judged) == (12 if name == "compilerkv-paper" else 24)
-    if len(judged) == 24:  # layers, under the W_head that ships
-        assert np.allclose(judged[12:], [(i, 2 + 4095 / 4096, 2 + x, 5 + 4095 / 4096, 2 + x) for i, x in enumerate(told)])
-        assert np.allclose(compiled.T_gate, 1 / (2 + 4095 / 4096)) and evidence["layers"]["share_of_prompts"] == train_tables.WORST
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
 
 
@@ -463,38 +487,41 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
 def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
     """Guards against heads that are learned for another competition than the gate's, and against one in the paper's reading."""
     model, s = tiny_sample(9)
-    ones, taus = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
+    ones, steps = np.ones((1, CONFIG.n_layer, CONFIG.n_head)), []
 
     def choose(model, samples, name, budgets, actions, job_of, progress, **how):
-        assert how == ({"cautious": True} if taus else {})  # a rule needs no proof, another W than 1 does
-        taus.append(job_of(0, 0, actions[0])[2])
+        steps.append((how, job_of(0, 0, actions[0])[2]))
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
-    def learn_heads(name, log, losses):
+    def learn_heads(name, log, losses, *start):
         assert (losses is None) == (name == "compilerkv-paper")
         return {"neutral": ones}
 
     def value_log(model, samples, name, rules, tau, *_):
-        taus.append(tau)
+        steps.append(("value", tau))
         return np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 3))
 
-    def loss_log(model, samples, name, budgets, shape, job_of, *_):
-        if len(shape) == 1:
-            raise KeyboardInterrupt
-        taus.append(job_of(0, np.zeros(shape))[2])
-        return np.zeros((12, 4, 4)), np.zeros((12, 4))
+    def loss_log(model, samples, name, budgets, shapes, job_of, *_):
+        _, W, tau, _ = job_of(0, *(np.full(shape, 0.5) for shape in shapes))
+        assert np.allclose(W, np.exp(0.5) if len(shapes) == 2 else 1)
+        steps.append((shapes, tau * np.exp(0.5)))
+        return np.zeros((12, 1, 4, 4)), np.zeros((12, 1, 4))
 
     def learn_gate(*_):
         raise KeyboardInterrupt
 
     for function in (choose, value_log, loss_log, learn_heads, learn_gate):
         monkeypatch.setattr(train_tables, function.__name__, function)
+    monkeypatch.setattr(train_tables, "learn_layers", lambda *_: {"neutral": np.ones((1, CONFIG.n_layer))})
     with pytest.raises(KeyboardInterrupt):
         train_tables.compile_tables(model, [s] * 12, name, (60,), 0, lambda text: None)
-    rule, *heads = taus
-    assert rule is None and len(heads) == (2 if name == "compilerkv-paper" else 3)
-    for tau in heads:
-        assert tau is None if name == "compilerkv-paper" else np.allclose(tau, ckv.OURS.tau_grid[0]) and tau.shape == (CONFIG.n_layer,)
+    layers = (CONFIG.n_layer,)
+    expected = [{}, "value", {"cautious": True, "lend": True}]  # a rule needs no proof and is each budget's own, another W than 1 is not
+    if name == "compilerkv":
+        expected[2:2] = [((CONFIG.n_layer, CONFIG.n_kv_head), layers), (layers,), {"worst": train_tables.WORST, "lend": True}]
+    assert [what for what, _ in steps] == expected and steps[0][1] is None
+    for _, tau in steps[1:]:
+        assert tau is None if name == "compilerkv-paper" else np.allclose(tau, ckv.OURS.tau_grid[0]) and tau.shape == layers
 
 
 def test_learners_find_what_pays_and_random_does_not():
