@@ -332,7 +332,8 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
         seen.extend(jobs)
         ratio = np.array([0.0 if tau is None else np.log(tau[1] / tau[0]) for _, _, tau, _ in jobs])
         # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower, and more than is lent
-        return np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 1.2 * (np.abs(ratio) > 1e-9))
+        worse = np.array([0.1 * (rule != ckv.SETTINGS[name].rules[0]) for rule, *_ in jobs])
+        return worse + np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 1.2 * (np.abs(ratio) > 1e-9))
 
     fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
              "learn_heads": lambda *_: {"neutral": table}, "compare_learners": lambda *_: {},
@@ -343,6 +344,8 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     if name == "compilerkv-paper":
         assert (compiled.T_gate == 1).all() and "layers" not in evidence and all(tau is None for _, _, tau, _ in seen)
         return
+    by_rule = evidence["dnll_by_rule"]["60"].values()
+    assert evidence["check"]["60"]["dnll_no_tables"] == min(by_rule) == max(by_rule) - 0.1
     low = np.log(compiled.T_gate[:, :, 0, 0])
     assert np.allclose(low, [[-0.6, 0.6], [0, 0]], atol=1e-3)  # the loss has a standard deviation of 1 over layers, the value says nothing
     assert evidence["layers"]["chosen"] == {"60": "value 0.4, loss 0.6", "70": "neutral"}
@@ -494,8 +497,8 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
         return np.zeros(1, dtype=int), np.zeros((1, len(actions)))
 
     def learn_heads(name, log, losses, *start):
-        assert (losses is None) == (name == "compilerkv-paper")
-        return {"neutral": ones}
+        assert (losses is None) == (name == "compilerkv-paper") and start in ((), ((train_tables.HEAD_START,),))
+        return {"start": 3 * ones} if start else {"neutral": ones}
 
     def value_log(model, samples, name, rules, tau, *_):
         steps.append(("value", tau))
@@ -503,7 +506,7 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
 
     def loss_log(model, samples, name, budgets, shapes, job_of, *_):
         _, W, tau, _ = job_of(0, *(np.full(shape, 0.5) for shape in shapes))
-        assert np.allclose(W, np.exp(0.5) if len(shapes) == 2 else 1)
+        assert np.allclose(W, np.exp(0.5) if len(shapes) == 2 else 3)  # layers beside the heads that learning starts with
         steps.append((shapes, tau * np.exp(0.5)))
         return np.zeros((12, 1, 4, 4)), np.zeros((12, 1, 4))
 
