@@ -336,10 +336,11 @@ class Model:
         return logits[-1], cache, earlier.followed_by(observation, window) if earlier else observation
 
     @torch.inference_mode()
-    def nll(self, cache, logits, continuation):
+    def nll(self, cache, logits, continuation, targets=None):
         """Mean negative log-likelihood, nats a token, of one continuation from each row of the cache: (B,) float32.
 
         logits: (V,) of the last prompt token, or (B, V); they predict continuation[0], the cache everything after it.
+        targets (n - 1, V): probabilities that take the place of the tokens after continuation[0] as what is right (cross-entropy).
         The cache is handed back as it was found.
         """
         B, ids = len(cache.next_position), torch.tensor(continuation, device=self.device)  # (n,)
@@ -351,8 +352,11 @@ class Model:
             rows = max(128 // len(ids), 1)
             room = hidden.new_empty(min(rows, B), len(ids) - 1, len(self.head), dtype=torch.float32)
             for some, loss in zip(hidden.split(rows), losses.split(rows)):  # (<= rows, n - 1, E), (<= rows,): a part of losses itself
-                logprobs = torch.log_softmax(room[:len(some)].copy_(linear(some, self.head)), -1, out=room[:len(some)])
-                loss -= logprobs.gather(-1, ids[1:].expand(len(some), -1)[..., None]).sum((1, 2))  # (<= rows, n - 1, V) -> (<= rows,)
+                logprobs = torch.log_softmax(room[:len(some)].copy_(linear(some, self.head)), -1, out=room[:len(some)])  # (<= rows, n - 1, V)
+                if targets is None:
+                    loss -= logprobs.gather(-1, ids[1:].expand(len(some), -1)[..., None]).sum((1, 2))  # -> (<= rows,)
+                else:
+                    loss -= logprobs.flatten(1) @ targets.flatten()  # (<= rows, (n - 1) V) @ ((n - 1) V,) -> (<= rows,)
         cache.rewind(len(ids) - 1)  # the last token is only predicted
         return losses / len(ids)
 

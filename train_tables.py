@@ -3,18 +3,19 @@
 1. Collect. Every calibration prompt is prefilled once.
 2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
    of the pool (ours; the paper has one rule).
-3. Heads, from two rewards. The value: a pass over the right continuation and back through the network tells of every cache entry,
-   kept or not, by how much the loss would fall with it, to first order. In state (budget, layer, head), W_head is multiplied by a
-   value of the grid, and the reward is the value of the entries that this lifts over the threshold, less the price of their places;
-   one pass serves every state and action. The loss: random tables are rolled out for real, and all heads of a table share its
-   reward. Layers compete meanwhile, as under the gate, with thresholds (random too where tables are) that every token reaches:
-   under higher ones, a head would be paid for the tokens that a larger W adds.
+3. Heads, from two rewards. Both judge a cache by how well it predicts, along the right continuation, what the full cache predicts
+   (the loss against all its probabilities): the right token alone tells less. The value: a pass forth and back through the network
+   tells of every cache entry, kept or not, by how much that loss would fall with it, to first order. In state (budget, layer, head),
+   W_head is multiplied by a value of the grid, and the reward is the value of the entries that this lifts over the threshold, less
+   the price of their places; one pass serves every state and action. The loss: random tables are rolled out for real, and all heads
+   of a table share its reward. Layers compete meanwhile, as under the gate, with thresholds (random too where tables are) that every
+   token reaches: under higher ones, a head would be paid for the tokens that a larger W adds.
 4. Layers, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
    heads, from the value of what a layer's threshold moves and from the loss of random thresholds.
-5. Let the loss decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
-   a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the gate is there to control
-   risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more than one standard error.
-   What ships is learned from all prompts.
+5. Let the loss of the right continuation decide. Every prompt is rolled out under the tables that the other kinds of prompts made,
+   at several strengths, and a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the
+   gate is there to control risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more
+   than one standard error. What ships is learned from all prompts.
 6. Gate. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real
    roll-outs: the loss, and the penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
@@ -68,13 +69,18 @@ class Sample:
     looks_back: torch.Tensor  # (L, H) share of the continuation's attention on tokens that compete: does the head retrieve?
     cache: KVCache       # the full one
     logits: torch.Tensor  # (V,) of the last prompt token
-    continuation: list   # token ids
+    continuation: list   # n token ids
+    hidden: torch.Tensor  # (n - 1, E) last hidden states of all but the last of them, from the full cache
     loss_full: float     # nats a token from the full cache
 
     def pooled(self, name, rule):
         """Utility (L, H, T) as a rule (window, kernel) reads it, float32."""
         window, kernel = rule
         return ckv.spread(self.u[name, window].float(), window, kernel)
+
+    def predicted(self, model):
+        """What the full cache predicts after each of `hidden`'s tokens, probabilities (n - 1, V): `targets` of Model.nll."""
+        return torch.softmax(model.logits(self.hidden), -1)
 
 
 def read_prompts(path, limit):
@@ -111,14 +117,14 @@ def collect(model, prompt):
     continuation = evaluation.with_end(tokenizer, answer, prompt["chat"])[:CONTINUATION]
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
     loss_full = model.nll(cache, logits, continuation).item()
-    _, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
+    hidden, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
     attention = torch.stack([A[..., :len(tokens)] for A in last_attention(queries, cache)]).float()  # L x (H, n, T + n) -> (L, H, n, T)
     cache.rewind(len(continuation))
     window = min(w for w, _ in ckv.OURS.rules)
     looks_back = attention[..., ckv.SINKS:len(tokens) - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
     u = {(name, w): ckv.utility(observation, cache, s, w).half().cpu() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
     risks = {name: ckv.risk(observation, s.window) for name, s in ckv.SETTINGS.items()}
-    return Sample(u, risks, looks_back.cpu(), cache, logits, continuation, loss_full)
+    return Sample(u, risks, looks_back.cpu(), cache, logits, continuation, hidden[0, :-1], loss_full)
 
 
 # --------------------------------------------------------------------------------------------------------------- learn
@@ -131,6 +137,7 @@ def mask_of(kept, T):
 def token_values(model, sample, *kept):
     """By how much, to first order, the loss is lower where a cache entry is kept than where it is not, in nats a token: (B, L, G, T).
 
+    The loss is the cross-entropy with what the full cache predicts (`Sample.predicted`).
     kept: for each of B rows L position tensors (n_sets, S_l), around which the loss is linearised. An entry of value v and score z
     (against the log-sum-exp of all that the query sees) moves the attention output o by sigmoid(z) (v - o): exact for an entry that
     joins the kept set alone, and times the gradient of the loss the entry's effect. Its own share is within o if it is kept already.
@@ -157,8 +164,8 @@ def token_values(model, sample, *kept):
         gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
         x = x + linear(F.silu(gate) * up, block.down)
     logits = model.logits(rms_norm(x, model.norm, c.norm_eps))  # (B, n, V)
-    answer = torch.tensor(ids[1:] * B, device=model.device)
-    (F.cross_entropy(logits.flatten(0, 1), answer, reduction="sum") / len(ids)).backward()  # a row's gradient is its own loss's
+    targets = sample.predicted(model).repeat(B, 1)  # (B n, V)
+    (F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(ids)).backward()  # a row's gradient is its own loss's
     for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (B, G, R, n, 1)
         k, v, _ = sample.cache.layer(l)  # of all: (1, G, T, D)
         joins = along(q, k).sub_(total).sigmoid_()  # (B, G, R, n, T)
@@ -278,8 +285,8 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
     """Random tables, rolled out for real: their logs (P, budgets, TABLES, entries) and what they paid (P, budgets, TABLES).
 
     shapes: of the parts of a table, whose entries follow one another in the log; job_of(budget's number, log of each part) -> a job
-    of `roll_out`. A prompt's rewards at one budget are counted from their mean, in standard deviations, so that no prompt outvotes
-    the others.
+    of `roll_out`. The loss is that against what the full cache predicts. A prompt's rewards at one budget are counted from their mean,
+    in standard deviations, so that no prompt outvotes the others.
     """
     logs, rewards = [], []
     for sample in samples:
@@ -288,7 +295,7 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
             x = SPREAD * random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
             parts.append(np.concatenate((x, -x), axis=1))  # with mirror images: (budgets, TABLES, *shape)
         jobs = [job_of(b, *table) for b in range(len(budgets)) for table in zip(*(x[b] for x in parts))]
-        r = sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, TABLES)
+        r = -roll_out(model, sample, name, jobs, sample.predicted(model)).reshape(len(budgets), -1)  # (budgets, TABLES)
         logs.append(np.concatenate([x.reshape(*r.shape, -1) for x in parts], axis=-1))
         rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
@@ -438,10 +445,10 @@ def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress)
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
 
-def roll_out(model, sample, name, jobs):
+def roll_out(model, sample, name, jobs, targets=None):
     """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
 
-    tau: (L,), or None for no gate. Jobs that keep the same tokens share a roll-out.
+    tau: (L,), or None for no gate; targets: see `Model.nll`. Jobs that keep the same tokens share a roll-out.
     """
     settings, G, which, sets = ckv.SETTINGS[name], model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
@@ -453,7 +460,7 @@ def roll_out(model, sample, name, jobs):
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
     for i in range(0, len(keys), ROWS):
         batch = ckv.evict(sample.cache, *(sets[key] for key in keys[i:i + ROWS]))
-        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation).tolist())
+        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation, targets).tolist())
     return np.array([loss_of[key] for key in which])
 
 

@@ -363,6 +363,20 @@ def test_nll_is_the_mean_over_the_continuation():
     assert close(MODEL.nll(cache, logits, continuation[:1]), first[None])
 
 
+def test_nll_against_targets_is_their_cross_entropy():
+    """Guards against a target that is read at another place or row, and one that takes the place of the first token."""
+    tokens, continuation = random_tokens(40, seed=15), random_tokens(50, seed=16)
+    logits, cache, _ = MODEL.prefill(tokens, window=3)
+    targets = torch.softmax(3 * torch.randn(49, CONFIG.vocab_size, generator=torch.Generator().manual_seed(0)), -1)
+    predicted = torch.log_softmax(reference(MODEL, tokens + continuation[:-1])[0][39:], -1)  # (50, V)
+    expected = -(predicted[0, continuation[0]] + (targets * predicted[1:]).sum()) / 50
+    assert close(MODEL.nll(cache, logits, continuation, targets), expected[None])
+    batch = evict(cache, *(random_kept(40, seed) for seed in range(3)))
+    one_hot = F.one_hot(torch.tensor(continuation[1:]), CONFIG.vocab_size).float()
+    assert close(MODEL.nll(batch, logits, continuation, one_hot), MODEL.nll(batch, logits, continuation))
+    assert close(MODEL.nll(cache, logits, continuation[:1], targets[:0]), MODEL.nll(cache, logits, continuation[:1]))
+
+
 def test_nll_hands_the_cache_back_as_it_found_it():
     """Guards against a continuation that was only scored and yet stays in the cache."""
     logits, cache, _ = MODEL.prefill(random_tokens(15, seed=17), window=3)

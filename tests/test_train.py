@@ -32,7 +32,12 @@ def tiny_sample(seed, risk=(3.0, 5.0)):
     u = {(name, w): ckv.utility(observation, cache, ckv.SETTINGS[name], w) for name, (w, _) in RULES.items()}
     continuation, risks = [5, 9, 2], dict.fromkeys(RULES, risk)
     loss = model.nll(cache, logits, continuation).item()
-    return model, train_tables.Sample(u, risks, None, cache, logits, continuation, loss)
+    return model, train_tables.Sample(u, risks, None, cache, logits, continuation, hidden_of(model, cache, continuation), loss)
+
+
+def hidden_of(model, cache, continuation):
+    """Last hidden states (n - 1, E) behind the full cache, which stays as it is."""
+    return model.forward(torch.tensor([continuation[:-1]]), cache.rows([0]))[0][0]
 
 
 def test_a_head_retrieves_as_much_as_its_continuation_looks_back():
@@ -46,6 +51,8 @@ def test_a_head_retrieves_as_much_as_its_continuation_looks_back():
     _, _, seen = model.prefill(tokens, n)  # both parts as one prompt
     attention = torch.stack([A[..., :T].float() for A in seen.attention])  # (L, H, n, T)
     assert torch.allclose(s.looks_back, attention[..., ckv.SINKS:T - 16].sum(-1).mean(2), atol=1e-5) and s.cache.length == [T] * CONFIG.n_layer
+    assert torch.allclose(s.hidden, hidden_of(model, s.cache, s.continuation), atol=1e-5)
+    assert torch.equal(s.predicted(model), torch.softmax(model.logits(s.hidden), -1))
 
 
 @pytest.mark.parametrize("chat", (False, True))
@@ -66,9 +73,9 @@ def test_a_continuation_is_scored_with_what_ends_it(chat):
 
 
 def loss_of(model, s, mask):
-    """Loss of the tokens behind the first, in shares of the whole continuation, when a mask (L, G, T) of entries is kept."""
+    """Loss against what the full cache predicts when a mask (L, G, T) of entries is kept."""
     small = ckv.evict(s.cache, ckv.positions_of(mask))
-    return model.nll(small, s.logits, s.continuation).item()
+    return model.nll(small, s.logits, s.continuation, s.predicted(model)).item()
 
 
 @pytest.mark.parametrize("shared", (False, True))
@@ -79,6 +86,7 @@ def test_an_entrys_value_is_what_the_loss_says_when_it_joins(shared):
     for block in model.blocks:
         block.out.mul_(0.002)  # attention moves the loss so little that first order is nearly all
     s.continuation = [5, 9, 2, 31, 14]
+    s.hidden = 20 * model.head[[40, 8, 17, 9]]  # the full cache is nearly sure of other tokens than the continuation's
     mask = torch.rand(L, 1 if shared else G, T, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.3, 0.1])[:1 if shared else G, None]  # padded
     kept, before = ckv.positions_of(mask), [s.cache.layer(l)[0].clone() for l in range(L)]
     (values, other), mask = train_tables.token_values(model, s, kept, ckv.positions_of(mask.roll(40, -1))), mask.expand(-1, G, -1).clone()
@@ -295,7 +303,8 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     fond_of = lambda sample: (lambda *table: -louder(*table)) if sample is odd else loss
     odd = dataclasses.replace(s)
 
-    def roll_out(model, sample, name, jobs):
+    def roll_out(model, sample, name, jobs, targets):
+        assert torch.equal(targets, sample.predicted(model))
         assert [budget for *_, budget in jobs] == [60] * train_tables.TABLES + [70] * train_tables.TABLES
         W, tau = (np.log([job[i] for job in jobs]) for i in (1, 2))
         assert np.allclose(W.mean(2), 0) and np.allclose(tau.mean(1), 0)  # heads are weighed against those of their layer
@@ -328,7 +337,7 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     samples = [dataclasses.replace(s, risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
     table = np.exp(np.random.default_rng(0).normal(size=(2, L, H)))
 
-    def roll_out(model, sample, name, jobs):
+    def roll_out(model, sample, name, jobs, targets=None):
         seen.extend(jobs)
         ratio = np.array([0.0 if tau is None else np.log(tau[1] / tau[0]) for _, _, tau, _ in jobs])
         # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower, and more than is lent
