@@ -11,11 +11,11 @@
    of a table share its reward. Layers compete meanwhile, as under the gate, with thresholds (random too where tables are) that every
    token reaches: under higher ones, a head would be paid for the tokens that a larger W adds.
 4. Layers, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
-   heads, from the loss of random thresholds alone, and only layers that stand out get another threshold than the rest.
-5. Let roll-outs decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
-   a bandit chooses for each budget: first how far the layers go, by the prompts that lose most (against all that the full cache
-   predicts), for the gate is there to control risk; then, given the layers and by the loss of the right continuation, how far the heads
-   go, where W = 1 stays unless the best is better by more than one standard error. What ships is learned from all prompts.
+   heads, from the value of what a layer's threshold moves and from the loss of random thresholds.
+5. Let the loss of the right continuation decide. Every prompt is rolled out under the tables that the other kinds of prompts made,
+   at several strengths, and a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the
+   gate is there to control risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more
+   than one standard error. What ships is learned from all prompts.
 6. Gate. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real
    roll-outs: the loss, and the penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
@@ -52,8 +52,7 @@ NOISE = 0.1             # nats; differences between a prompt's roll-outs that ar
 # the luckiest.
 HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
 HEAD_START = (0.6, 0.2)  # beside which the layers are learned
-LAYER_STEPS = ((0.0, 0.0), (0.0, 0.3), (0.0, 0.6))
-STANDS_OUT = 1.0        # standard deviations by which a layer must differ from the rest, else its threshold stays neutral
+LAYER_STEPS = ((0.0, 0.0), (0.2, 0.3), (0.4, 0.6), (0.6, 0.9))
 WORST = 0.25            # share of the prompts, those that lose most, whose mean loss decides on the thresholds of layers
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
@@ -296,7 +295,7 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
             x = SPREAD * random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
             parts.append(np.concatenate((x, -x), axis=1))  # with mirror images: (budgets, TABLES, *shape)
         jobs = [job_of(b, *table) for b in range(len(budgets)) for table in zip(*(x[b] for x in parts))]
-        r = -roll_out(model, sample, name, jobs, soft=True).reshape(len(budgets), -1)  # (budgets, TABLES)
+        r = -roll_out(model, sample, name, jobs, sample.predicted(model)).reshape(len(budgets), -1)  # (budgets, TABLES)
         logs.append(np.concatenate([x.reshape(*r.shape, -1) for x in parts], axis=-1))
         rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
@@ -336,14 +335,9 @@ def learn_heads(name, log, losses=None, steps=HEAD_STEPS):
     return at_strengths(steps, direction(heads), by_head(loss, H))
 
 
-def learn_layers(losses):
-    """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; losses: `loss_log` of random thresholds.
-
-    Most layers differ from the others by no more than noise, so only what exceeds STANDS_OUT is followed (soft thresholding).
-    """
-    step = loss_direction(*losses, losses[0].shape[-1])  # (budgets, L): a lower threshold is a larger weight
-    step = np.sign(step) * np.maximum(np.abs(step) - STANDS_OUT, 0)
-    return at_strengths(LAYER_STEPS, 0.0, step / (step.std(1, keepdims=True) + 1e-12))
+def learn_layers(log, losses):
+    """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; log and losses as in `learn_heads`."""
+    return at_strengths(LAYER_STEPS, direction(log[..., -1, :]), loss_direction(*losses, log.shape[2]))  # a lower threshold is a larger weight
 
 
 def named(budgets, actions, rewards):
@@ -427,7 +421,7 @@ def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress)
     jobs = [(rules[b], W[b], tau, budget) for b, budget in enumerate(budgets) for tau in (None, *taus[b])]
     dnll, rewards = [], []
     for sample in samples:
-        dnll.append(roll_out(model, sample, name, jobs).reshape(len(budgets), -1))  # (budgets, 1 + A): no gate first
+        dnll.append(roll_out(model, sample, name, jobs).reshape(len(budgets), -1) - sample.loss_full)  # (budgets, 1 + A): no gate first
         excess = []
         for b, budget in enumerate(budgets):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
@@ -451,11 +445,10 @@ def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress)
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
 
-def roll_out(model, sample, name, jobs, soft=False):
-    """What the continuation loses, nats a token, from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
+def roll_out(model, sample, name, jobs, targets=None):
+    """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
 
-    tau: (L,), or None for no gate. The loss is that of the right tokens less the full cache's own (dNLL); soft: of all that the full
-    cache predicts after each of them (the Kullback-Leibler divergence). Jobs that keep the same tokens share a roll-out.
+    tau: (L,), or None for no gate; targets: see `Model.nll`. Jobs that keep the same tokens share a roll-out.
     """
     settings, G, which, sets = ckv.SETTINGS[name], model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
@@ -464,29 +457,24 @@ def roll_out(model, sample, name, jobs, soft=False):
         kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], settings.n_sets(G), settings.cap)
         which.append(tuple(k.numpy().tobytes() for k in kept))
         sets[which[-1]] = [k.expand(G, -1) for k in kept]
-    targets, loss_full, ids = None, sample.loss_full, sample.continuation
-    if soft:  # the full cache's loss against itself: of the first token, and the entropy of what it predicts
-        targets = sample.predicted(model)  # (n - 1, V)
-        first = model.nll(sample.cache, sample.logits, ids[:1]).item()
-        loss_full = (first + torch.special.entr(targets).sum().item()) / len(ids)
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
     for i in range(0, len(keys), ROWS):
         batch = ckv.evict(sample.cache, *(sets[key] for key in keys[i:i + ROWS]))
-        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, ids, targets).tolist())
-    return np.array([loss_of[key] for key in which]) - loss_full
+        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation, targets).tolist())
+    return np.array([loss_of[key] for key in which])
 
 
-def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0, lend=False, soft=False):
+def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0, lend=False):
     """For each budget the action whose real roll-outs lose least; cautious: action 0 if that is not better by a standard error.
 
-    job_of(sample's number, budget's number, action) -> a job of `roll_out`, and soft as there. worst: the share of the prompts, for
-    each action those that lose most, whose mean counts; lend: other budgets count as in `lent`. Returns the indices of the chosen
-    actions (budgets,) and these mean rewards, of each budget alone (budgets, actions).
+    job_of(sample's number, budget's number, action) -> a job of `roll_out`. worst: the share of the prompts, for each action those
+    that lose most, whose mean counts; lend: other budgets count as in `lent`. Returns the indices of the chosen actions (budgets,)
+    and these mean rewards, of each budget alone (budgets, actions).
     """
     rewards = []
     for i, sample in enumerate(samples):
         jobs = [job_of(i, b, action) for b in range(len(budgets)) for action in actions]
-        rewards.append(-roll_out(model, sample, name, jobs, soft).reshape(len(budgets), -1))
+        rewards.append(sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1))
         progress.update(len(jobs))
     rewards = np.stack(rewards)  # (P, budgets, actions)
     mean = np.sort(rewards, axis=0)[:max(1, round(worst * len(samples)))].mean(0)  # (budgets, actions)
@@ -509,12 +497,11 @@ def decide(model, samples, name, budgets, learn, job_of, progress, **how):
     chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: job_of(b, by_kind[i % KINDS][title][b]), progress,
                              lend=True, **how)
     best = [titles[i] for i in chosen]
-    judge = ("divergence" if how.get("soft") else "dNLL") + (f", worst {100 * how['worst']:.0f}% of prompts" if "worst" in how else "")
     agree = lambda title, b: evaluation.rank_correlation(*(half[title][b].ravel() for half in two))
     agreement = {title: agree(title, slice(None)) for title in titles[1:]}
     agreement |= {budget: agree(title, b) for b, (budget, title) in enumerate(zip(every, best)) if title != titles[0]}
     return np.stack([learned[title][b] for b, title in enumerate(best)]), {
-        "chosen": dict(zip(every, best)), "held_out_loss": named(budgets, titles, rewards), "judge": judge,
+        "chosen": dict(zip(every, best)), "held_out_dnll": named(budgets, titles, rewards), "share_of_prompts": how.get("worst", 1.0),
         "rank_agreement_of_halves": agreement}
 
 
@@ -548,8 +535,8 @@ def learn_weights(model, samples, name, budgets, rules, rng, progress):
         (start,) = learn_heads(name, log, losses, (HEAD_START,)).values()
         of_layers = random_loss(((L,),), lambda b, layers: job(b, start[b], np.exp(layers)))
         weights, evidence["layers"] = decide(
-            model, samples, name, budgets, lambda prompts: learn_layers(part_of(of_layers, prompts)),
-            lambda b, weight: job(b, start[b], weight), progress, worst=WORST, soft=True)
+            model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(of_layers, prompts)),
+            lambda b, weight: job(b, start[b], weight), progress, worst=WORST)
     W, evidence["W_head"] = decide(
         model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
         lambda b, W: job(b, W, weights[b]), progress, cautious=True)
@@ -571,9 +558,9 @@ def compile_tables(model, samples, name, budgets, seed, say):
         W, weights, log, more = learn_weights(model, samples, name, budgets, rules, rng, progress)
         evidence |= more
         for what, found in ((what, more[what]) for what in ("layers", "W_head") if what in more):
-            for budget, row in found["held_out_loss"].items():
-                say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held out, {found['judge']}: "
-                    + "; ".join(f"{title} {loss:.3f}" for title, loss in row.items()))
+            for budget, row in found["held_out_dnll"].items():
+                say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held-out dNLL, worst {100 * found['share_of_prompts']:.0f}% of prompts: "
+                    + "; ".join(f"{title} {dnll:.3f}" for title, dnll in row.items()))
         T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, 1 / weights, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables

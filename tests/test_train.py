@@ -204,22 +204,7 @@ def test_a_roll_out_is_the_loss_of_what_select_keeps(rule):
     assert sizes[0] == pytest.approx(2 - safe) and sizes[1] <= safe  # the gate takes part: layer 0 holds all that it can get
     small = ckv.evict(s.cache, kept)
     assert train_tables.roll_out(model, s, "compilerkv", [(rule, W, tau, 60)])[0] == pytest.approx(
-        model.nll(small, s.logits, s.continuation).item() - s.loss_full, abs=1e-5)
-
-
-def test_a_divergence_is_that_from_what_the_full_cache_predicts():
-    """Guards against a soft loss that forgets the full cache's own, or the token that the prompt's logits predict."""
-    model, s = tiny_sample(4)
-    rule, W, T, n = RULES["compilerkv"], np.ones((CONFIG.n_layer, CONFIG.n_head)), s.cache.length[0], len(s.continuation)
-    everything, little = (rule, W, None, T), (rule, W, None, 40)
-    assert train_tables.roll_out(model, s, "compilerkv", [everything], soft=True)[0] == pytest.approx(0, abs=1e-5)
-    kept = [k.expand(CONFIG.n_kv_head, -1) for k in ckv.kept_tokens(s.pooled("compilerkv", rule), torch.from_numpy(W).float(), None, 40, rule[0],
-                                                                 CONFIG.n_kv_head, ckv.OURS.cap)]
-    small = ckv.evict(s.cache, kept)
-    hidden, _, _ = model.forward(torch.tensor([s.continuation[:-1]]), small)
-    p, q = s.predicted(model), torch.softmax(model.logits(hidden[0]), -1)  # (n - 1, V) each
-    divergence = (p * (p / q).log()).sum().item() / n
-    assert divergence > 1e-3 and train_tables.roll_out(model, s, "compilerkv", [little], soft=True)[0] == pytest.approx(divergence, abs=1e-5)
+        model.nll(small, s.logits, s.continuation).item(), abs=1e-5)
 
 
 def test_heads_take_the_action_that_clearly_pays():
@@ -243,7 +228,8 @@ def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
     value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (np.zeros((5, 2, 8, L * G + L)), object())
     log = rng.normal(size=(5, 2, L, H + 1, 5))
-    monkeypatch.setattr(train_tables, "direction", lambda given: {log[..., :-1, :].tobytes(): value}[given.tobytes()])
+    told = {log[..., :-1, :].tobytes(): value, log[..., -1, :].tobytes(): value[..., -1]}
+    monkeypatch.setattr(train_tables, "direction", lambda given: told[given.tobytes()])
     monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss.reshape(2, -1) if given == (*losses, L * G) else None)
     tables = train_tables.learn_heads("compilerkv", log, losses)
     assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["neutral"] == 1).all()
@@ -251,27 +237,16 @@ def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
     assert np.allclose(np.log(tables["value 0.6"]), 0.6 * value)
     (start,) = train_tables.learn_heads("compilerkv", log, losses, ((0.5, 0.1),)).values()
     assert np.allclose(np.log(start), 0.5 * value + 0.1 * loss[:, :, [0, 0, 1, 1]])
-
-
-def test_only_layers_that_stand_out_get_another_threshold(monkeypatch):
-    """Guards against noise that is followed, a sign, a layer that gets another's threshold, and a strength that is not the one named."""
-    losses = np.zeros((5, 2, 8, 6)), object()
-    step = np.array([[2.0, -1.5, 0.9, -0.9, 0.0, -1.0], [0.5, -0.5, 3.0, 0.5, -0.5, -0.5]])  # two budgets, six layers
-    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: step if given == (*losses, 6) else None)
-    tables = train_tables.learn_layers(losses)
-    assert list(tables) == ["neutral", "loss 0.3", "loss 0.6"] and (tables["neutral"] == 1).all()
-    logs = np.log(tables["loss 0.6"])
-    assert np.allclose(logs.std(1), 0.6) and np.allclose(np.log(tables["loss 0.3"]), logs / 2)
-    assert np.allclose(logs[0, 1] / logs[0, 0], -0.5) and logs[0, 0] > 0 and (logs[0, 2:] == 0).all()  # 2 - 1 and -(1.5 - 1)
-    assert logs[1, 2] > 0 and np.count_nonzero(logs[1]) == 1
-    step[:] = 0.0
-    assert (train_tables.learn_layers(losses)["loss 0.6"] == 1).all()
+    monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss[..., 0] if given == (*losses, L) else None)
+    tables = train_tables.learn_layers(log, losses)
+    assert len(tables) == len(train_tables.LAYER_STEPS) and (tables["neutral"] == 1).all()
+    assert np.allclose(np.log(tables["value 0.4, loss 0.6"]), 0.4 * value[..., -1] + 0.6 * loss[..., 0])
 
 
 def test_the_rule_that_loses_least_is_chosen(monkeypatch):
     """Guards against a rule chosen for its loss, or for another budget's."""
     losses = np.array([[0.4, 0.1, 0.9], [0.2, 0.8, 0.3]])
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs, soft: np.array([losses[job] for job in jobs]))
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([losses[job] for job in jobs]))
     chosen, rewards = train_tables.choose(None, [tiny_sample(8)[1]] * 3, "compilerkv", (60, 70), [0, 1, 2], lambda i, b, a: (b, a), tqdm(disable=True))
     assert chosen.tolist() == [1, 0] and np.allclose(rewards - rewards[:, :1], losses[:, :1] - losses)
 
@@ -281,7 +256,7 @@ def test_the_worst_share_decides_where_it_is_asked(monkeypatch):
     model, s = tiny_sample(8)
     samples = [dataclasses.replace(s, loss_full=float(i)) for i in range(8)]
     lost = np.array([[4.0, 3.0, 0, 0, 0, 0, 0, 0], [1, 1, 3, 1, 1, 1, 1, 3.5], [2, 2, 2, 2, 2, 2, 2, 2.0]])  # (action, prompt); the best mean: 0
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs, soft: np.array([lost[a, int(sample.loss_full)] for a in jobs]))
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([lost[a, int(sample.loss_full)] for a in jobs]) + sample.loss_full)
     run = lambda worst: train_tables.choose(None, samples, "compilerkv", (60,), [0, 1, 2], lambda i, b, a: a, tqdm(disable=True), worst=worst)
     chosen, rewards = run(0.25)
     assert chosen.tolist() == [2] and np.allclose(rewards, [[-3.5, -3.25, -2]])
@@ -293,7 +268,7 @@ def test_budgets_lend_each_other_what_decides_on_strengths(monkeypatch):
     budgets, jitter, model = (60, 70, 80), np.array([0.3, -0.3, 0.1, -0.1]), tiny_sample(8)[0]
     lost = {60: (1.0, 0.9), 70: (1.0, 1.02), 80: (1.0, 0.9)}  # action 1 is better but at 70 tokens, by chance
     samples = [dataclasses.replace(tiny_sample(8)[1], loss_full=x) for x in jitter]
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs, soft: np.array([lost[b][a] for b, a in jobs]) + sample.loss_full)
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: np.array([lost[b][a] for b, a in jobs]) + sample.loss_full)
     run = lambda **how: train_tables.choose(model, samples, "compilerkv", budgets, [0, 1], lambda i, b, a: (budgets[b], a), tqdm(disable=True), **how)
     assert run()[0].tolist() == [1, 0, 1] and run(lend=True)[0].tolist() == run(lend=True, cautious=True)[0].tolist() == [1, 1, 1]
     assert np.allclose(run(lend=True)[1], [[-1, -0.9], [-1, -1.02], [-1, -0.9]])
@@ -328,8 +303,8 @@ def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
     fond_of = lambda sample: (lambda *table: -louder(*table)) if sample is odd else loss
     odd = dataclasses.replace(s)
 
-    def roll_out(model, sample, name, jobs, soft):
-        assert soft
+    def roll_out(model, sample, name, jobs, targets):
+        assert torch.equal(targets, sample.predicted(model))
         assert [budget for *_, budget in jobs] == [60] * train_tables.TABLES + [70] * train_tables.TABLES
         W, tau = (np.log([job[i] for job in jobs]) for i in (1, 2))
         assert np.allclose(W.mean(2), 0) and np.allclose(tau.mean(1), 0)  # heads are weighed against those of their layer
@@ -362,7 +337,7 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     samples = [dataclasses.replace(s, risk=dict.fromkeys(RULES, (i, 2 * i))) for i in range(12)]
     table = np.exp(np.random.default_rng(0).normal(size=(2, L, H)))
 
-    def roll_out(model, sample, name, jobs, soft=False):
+    def roll_out(model, sample, name, jobs, targets=None):
         seen.extend(jobs)
         ratio = np.array([0.0 if tau is None else np.log(tau[1] / tau[0]) for _, _, tau, _ in jobs])
         # at 60 tokens a lower threshold of layer 0 pays, up to a ratio; at 70 unequal ones cost, whichever is lower, and more than is lent
@@ -374,7 +349,6 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
              "learn_gate": lambda model, samples, name, rules, W, layers, *_: (np.tile(layers[..., None, None], (1, 1, 20, 4)), np.zeros((20, 4)), np.zeros((2, 2)))}
     for function, fake in fakes.items():
         monkeypatch.setattr(train_tables, function, fake)
-    monkeypatch.setattr(train_tables, "STANDS_OUT", 0.5)  # of two layers none is further from the mean than the other
     compiled, evidence = train_tables.compile_tables(model, samples, name, (60, 70), 0, lambda text: None)
     if name == "compilerkv-paper":
         assert (compiled.T_gate == 1).all() and "layers" not in evidence and all(tau is None for _, _, tau, _ in seen)
@@ -382,11 +356,11 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
     by_rule = evidence["dnll_by_rule"]["60"].values()
     assert evidence["check"]["60"]["dnll_no_tables"] == min(by_rule) == max(by_rule) - 0.1
     low = np.log(compiled.T_gate[:, :, 0, 0])
-    assert np.allclose(low, [[-0.6, 0.6], [0, 0]], atol=1e-3)  # the direction has a standard deviation of 1 over layers
-    assert evidence["layers"]["chosen"] == {"60": "loss 0.6", "70": "neutral"}
-    dnll = evidence["layers"]["held_out_loss"]
-    assert dnll["60"]["loss 0.3"] - dnll["60"]["neutral"] == pytest.approx(-0.6, abs=1e-3)
-    assert dnll["70"]["loss 0.3"] - dnll["70"]["neutral"] == pytest.approx(1.2, abs=1e-3)
+    assert np.allclose(low, [[-0.6, 0.6], [0, 0]], atol=1e-3)  # the loss has a standard deviation of 1 over layers, the value says nothing
+    assert evidence["layers"]["chosen"] == {"60": "value 0.4, loss 0.6", "70": "neutral"}
+    dnll = evidence["layers"]["held_out_dnll"]
+    assert dnll["60"]["value 0.2, loss 0.3"] - dnll["60"]["neutral"] == pytest.approx(-0.6, abs=1e-3)
+    assert dnll["70"]["value 0.2, loss 0.3"] - dnll["70"]["neutral"] == pytest.approx(1.2, abs=1e-3)
     assert evidence["layers"]["rank_agreement_of_halves"]["60"] > 0.5 and "70" not in evidence["layers"]["rank_agreement_of_halves"]
     later = seen[-12 * 2 * (len(train_tables.LAYER_STEPS) + 1):]  # the choices of layers, and of heads: of one
     assert all(np.isclose(np.log(tau / ckv.OURS.tau_grid[0]).mean(), 0) for _, _, tau, _ in later)
@@ -410,7 +384,8 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     T, visits, dnll = learn([often] * 40 + [rare])
     assert visits.sum() == 41 and visits[0, 0] == 40 and visits[19, 3] == 1 and T.shape == (1, CONFIG.n_layer, 20, 4)
     assert (T == grid[3] * layers[..., None, None]).all()  # one prompt of a state does not displace the mean of all
-    assert dnll == pytest.approx(np.array([[20, 10 / 41]]))  # without a gate; with it, which is wrong for the rare one
+    full = (40 * often.loss_full + rare.loss_full) / 41
+    assert dnll == pytest.approx(np.array([[20 - full, 10 / 41 - full]]))  # without a gate; with it, which is wrong for the rare one
     T = learn([often] * 40 + [rare] * 40)[0]
     assert (T[0, :, 0, 0] == grid[3] * layers[0]).all() and (T[0, :, 19, 3] == grid[5] * layers[0]).all()
     roll_outs(lambda sample, tau: 0.0)
@@ -425,7 +400,7 @@ def test_the_gate_follows_the_loss_less_the_papers_penalty(monkeypatch):
     monkeypatch.setitem(ckv.SETTINGS, "compilerkv", dataclasses.replace(ckv.OURS, penalty=ckv.PAPER.penalty))
     assert (learn([often])[0] == grid[fits.index(True)] * layers[..., None, None]).all()
     roll_outs(lambda sample, tau: 7.0 if tau is None else 1.0)
-    assert learn([often], "compilerkv-paper")[2] == pytest.approx(np.array([[7, 1]]))
+    assert learn([often], "compilerkv-paper")[2] == pytest.approx(np.array([[7, 1]]) - often.loss_full)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -457,7 +432,7 @@ def test_a_table_that_is_not_clearly_better_does_not_displace_the_first(monkeypa
     """Guards against tables that are chosen by luck, and against rewards that are not paired by prompt."""
     noise = np.tile([0.3, -0.4], 20)  # action 1 is better by 0.05 on average, with an error of 0.08
     losses = iter([np.array([0.0, x, -0.3 + x]) + level for level, x in enumerate(noise)])
-    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs, soft: next(losses)[[job for job in jobs]])
+    monkeypatch.setattr(train_tables, "roll_out", lambda model, sample, name, jobs: next(losses)[[job for job in jobs]])
     s = tiny_sample(8)[1]
     run = lambda actions, n: train_tables.choose(None, [s] * n, "compilerkv", (60,), actions, lambda i, b, a: a, tqdm(disable=True), cautious=True)[0]
     assert run([0, 1], 20) == [0] and run([0, 1, 2], 20) == [2]
@@ -488,15 +463,14 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
         table = np.stack((2 + told + order, 5 + told + (order if told > 0.5 else -order)))
         return {"neutral": np.ones_like(table), "value": table}
 
-    def learn_layers(losses):
-        told = losses[0].sum()
-        assert losses[1].sum() == told
+    def learn_layers(log, losses):
+        told = log[:, 0, 0, 0, 0].sum()
+        assert losses[1].sum() == losses[0].sum() == told
         return {"neutral": np.ones((2, L)), "low": np.full((2, L), 2 + told)}
 
-    def roll_out(model, sample, name, jobs, soft=False):
-        assert soft == (jobs[0][1][0, 0] == 3)  # only the choice of layers, which is beside the heads that learning starts with
+    def roll_out(model, sample, name, jobs):
         seen.append((int(sample.loss_full), [(W[0, 0], 1 if tau is None else ckv.OURS.tau_grid[0] / tau[0]) for _, W, tau, _ in jobs]))
-        return -np.array([int(W > 1) + int(weight > 1) for W, weight in seen[-1][1]])  # a learned table is better, by 1
+        return sample.loss_full - np.array([int(W > 1) + int(weight > 1) for W, weight in seen[-1][1]])  # a learned table is better, by 1
 
     log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
     for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_heads", learn_heads),
@@ -511,11 +485,11 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
     if name == "compilerkv":  # layers, beside the heads that learning starts with
         assert np.allclose(judged[:12], [(i, 3, 2 + x, 3, 2 + x) for i, x in enumerate(told)])
         lower = 2 + 4095 / 4096
-        assert np.allclose(compiled.T_gate, 1 / lower) and evidence["layers"]["judge"] == "divergence, worst 25% of prompts"
+        assert np.allclose(compiled.T_gate, 1 / lower) and evidence["layers"]["share_of_prompts"] == train_tables.WORST
     assert np.allclose(judged[-12:], [(i, 2 + x, lower, 5 + x, lower) for i, x in enumerate(told)])  # heads, under the layers that ship
     assert len(judged) == (12 if name == "compilerkv-paper" else 24)
     assert np.allclose(compiled.W_head, np.stack((2 + order, 5 + order)) + 4095 / 4096)
-    assert evidence["W_head"]["chosen"] == {"60": "value", "70": "value"} and evidence["W_head"]["judge"] == "dNLL"
+    assert evidence["W_head"]["chosen"] == {"60": "value", "70": "value"}
     agree = evidence["W_head"]["rank_agreement_of_halves"]
     assert agree["60"] == pytest.approx(1) and agree["70"] == pytest.approx(-1) and agree["value"] not in (1, -1)
     assert np.allclose(compiled.entropy_edges, 11 * np.arange(1, 20) / 20) and np.allclose(compiled.ppl_edges, [5.5, 11, 16.5])
@@ -556,7 +530,7 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
     layers = (CONFIG.n_layer,)
     expected = [{}, "value", {"cautious": True, "lend": True}]  # a rule needs no proof and is each budget's own, another W than 1 is not
     if name == "compilerkv":
-        expected[2:2] = [((CONFIG.n_layer, CONFIG.n_kv_head), layers), (layers,), {"worst": train_tables.WORST, "soft": True, "lend": True}]
+        expected[2:2] = [((CONFIG.n_layer, CONFIG.n_kv_head), layers), (layers,), {"worst": train_tables.WORST, "lend": True}]
     assert [what for what, _ in steps] == expected and steps[0][1] is None
     for _, tau in steps[1:]:
         assert tau is None if name == "compilerkv-paper" else np.allclose(tau, ckv.OURS.tau_grid[0]) and tau.shape == layers
