@@ -38,6 +38,7 @@ class Settings:
     W_grid: tuple  # actions of W_head
     tau_grid: tuple  # actions of T_gate
     penalty: float   # nats that the gate pays for a context full of candidates beyond the budget
+    soft: bool     # roll-outs are judged by the loss against all that the full cache predicts, not by that of the right tokens alone
 
     @property
     def window(self):
@@ -50,10 +51,11 @@ class Settings:
 
 
 PAPER = Settings("model", "mean", True, ((64, 1),), cap=1, W_grid=tuple(np.linspace(0.8, 1.5, 29).tolist()),
-                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0)
+                 tau_grid=tuple(np.linspace(0.8, 1.0, 21).tolist()), penalty=1.0, soft=False)
 # Ours: log-spaced actions. W from e^-1 to e; tau from one that all tokens reach over the paper's 0.8 to 819.
 OURS = Settings("head", "max", False, ((16, 31), (16, 45), (32, 31), (32, 45)), cap=2,
-                W_grid=tuple(np.exp(np.linspace(-1, 1, 5)).tolist()), tau_grid=(0.001, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.02)
+                W_grid=tuple(np.exp(np.linspace(-1, 1, 5)).tolist()), tau_grid=(0.001, *(0.8 * 2.0 ** np.arange(11)).tolist()), penalty=0.05,
+                soft=True)
 SETTINGS = {"compilerkv": OURS, "compilerkv-paper": PAPER}
 WINDOW = 32         # of the rivals that have one
 MAX_WINDOW = max(WINDOW, *(s.window for s in SETTINGS.values()))  # what prefill must observe to serve every policy

@@ -335,18 +335,29 @@ def write_answer(model, record, cache, logits):
     return [text(ids) for ids in model.decode(cache, logits, record["max_new"], stop, task.ended and (lambda ids: task.ended(text(ids))))]
 
 
+def prefills(model, prompts, total):
+    """Prefill the context that prompts share once, then each one's question: yields (logits, cache, observation, the context's own).
+
+    It is one cache, and each question's takes the place of the one before. total: see `Model.prefill`.
+    """
+    n_context = prompts[0].n_context
+    context = model.prefill(prompts[0].tokens[:n_context], ckv.MAX_WINDOW, total)
+    _, cache, seen = context
+    for prompt in prompts:
+        cache.rewind(cache.length[0] - n_context)  # to the end of the context
+        logits, _, observation = model.prefill(prompt.tokens[n_context:], ckv.MAX_WINDOW, total, before=context)
+        yield logits, cache, observation, seen
+
+
 def run_context(model, records, prompts, args, tables):
     """Records that share a context: one prefill of it, then every question, query-aware; the first also query-agnostic.
 
     Returns one object a record, with a list of results: COLUMNS of every (protocol, policy, budget).
     """
-    policies, width, n_context = [p for p in args.policies if p != "full"], ckv.MAX_WINDOW, prompts[0].n_context
-    total = "h2o" in policies
-    context = model.prefill(prompts[0].tokens[:n_context], width, total)
-    _, cache, seen = context
+    policies, n_context = [p for p in args.policies if p != "full"], prompts[0].n_context
     entries, out = model.config.n_layer * model.config.n_kv_head, []
-    token_bytes = 2 * model.config.head_dim * cache.k[0].element_size()  # one key and one value
-    for record, prompt in zip(records, prompts):
+    token_bytes = 2 * model.config.head_dim * model.dtype.itemsize  # one key and one value
+    for record, prompt, (logits, cache, observation, seen) in zip(records, prompts, prefills(model, prompts, "h2o" in policies)):
         question, gold, results = prompt.tokens[n_context:], prompt.gold, []
 
         def measure(protocol, jobs, batch, logits, kept):
@@ -356,8 +367,6 @@ def run_context(model, records, prompts, args, tables):
                 results.append([protocol, policy, budget, round(score(record, text), 2), round(loss - full, 5),
                                 round(n / entries, 2), n * token_bytes, round(gated, 3), round(seconds, 5), text])
 
-        cache.rewind(cache.length[0] - n_context)  # to the end of the context
-        logits, _, observation = model.prefill(question, width, total, before=context)
         full = model.nll(cache, logits, gold).item()
         if "query-aware" in args.protocols:
             for jobs, batch in compress(model, policies, args.budgets, observation, cache, gold, tables):
@@ -441,9 +450,13 @@ def interval(values, counts, weights=1.0):
     return np.percentile(means, (2.5, 97.5)).tolist()
 
 
-def worst_tenth(values):
-    """Mean of the largest tenth, at least one record."""
-    return float(np.sort(values)[-max(1, len(values) // 10):].mean())
+def worst_tenth(values, counts=None):
+    """Mean of the largest tenth of values (records,), at least one; with counts (draws, records), see `resamples`, that of each draw."""
+    values = np.asarray(values, dtype=float)
+    order, tenth = np.argsort(-values), max(1, len(values) // 10)
+    counts = np.ones(len(values)) if counts is None else counts
+    taken = np.minimum(counts[..., order].cumsum(-1), tenth)  # places of the tenth that a record and all above it fill
+    return np.diff(taken, prepend=0) @ values[order] / tenth
 
 
 def rank_correlation(x, y):
@@ -751,8 +764,7 @@ SWITCHES = {  # all rows: selectors, like ckv.POLICIES
 def ablate_context(model, records, prompts, args, tables):
     """dNLL and tokens kept a layer of every row of SWITCHES asked for, (rows, budgets) each, query-aware: one object a record."""
     out, entries = [], model.config.n_layer * model.config.n_kv_head
-    for record, prompt in zip(records, prompts):
-        logits, cache, observation = model.prefill(prompt.tokens, ckv.MAX_WINDOW, total="H2O" in args.rows)
+    for record, prompt, (logits, cache, observation, _) in zip(records, prompts, prefills(model, prompts, "H2O" in args.rows)):
         full = model.nll(cache, logits, prompt.gold)
         if ORACLE in args.rows:
             observation = look_ahead(model, observation, cache, prompt.gold)
@@ -775,12 +787,17 @@ def write_ablation(model, records, results, meta, args, tables):
              f"{kept[:, i, b].mean():.1f}", f"{kept[:, i, b].mean() * token / 1e6:.2f}"]
             for b, budget in enumerate(args.budgets) for i, name in enumerate(args.rows)]
     out = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows)
-    at = args.rows.index
+    at, n_budgets = args.rows.index, len(args.budgets)
+    tails = np.stack([[worst_tenth(row, counts) for row in table.T] for table in dnll.transpose(1, 0, 2)])  # (rows, budgets, RESAMPLES)
+    single = [(str(budget), slice(b, b + 1)) for b, budget in enumerate(args.budgets)]
     pairs = [(at(name), at(other)) for name, other in PAIRS if {name, other} <= set(args.rows)]
-    rows = [[str(budget), f"{args.rows[i]} - {args.rows[j]}", show(dnll[:, i, b] - dnll[:, j, b], "{:+.3f} [{:+.3f}, {:+.3f}]"),
-             f"{worst_tenth(dnll[:, i, b]) - worst_tenth(dnll[:, j, b]):+.2f}", f"{kept[:, i, b].mean() - kept[:, j, b].mean():+.1f}"]
-            for b, budget in enumerate(args.budgets) for i, j in pairs]
-    out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth", "kept a layer"], rows)
+    rows = []
+    for (name, part), (i, j) in itertools.product(single + [("mean", slice(None))] * (n_budgets > 1), pairs):
+        tail = np.mean([worst_tenth(dnll[:, i, b]) - worst_tenth(dnll[:, j, b]) for b in range(n_budgets)[part]])
+        low, high = np.percentile((tails[i] - tails[j])[part].mean(0), (2.5, 97.5))
+        rows.append([name, f"{args.rows[i]} - {args.rows[j]}", show((dnll[:, i] - dnll[:, j])[:, part].mean(1), "{:+.3f} [{:+.3f}, {:+.3f}]"),
+                     f"{tail:+.2f} [{low:+.2f}, {high:+.2f}]", f"{(kept[:, i] - kept[:, j])[:, part].mean():+.1f}"])
+    out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth [95%], paired", "kept a layer"], rows)
     if {"CompilerKV", "SnapKV", ORACLE} <= set(args.rows):
         ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", ORACLE))
         if (rival != best).all():  # they are equal where the budget holds every prompt whole

@@ -1,23 +1,23 @@
 """Compile the tables offline, from experience with the real model: `python train_tables.py`.
 
 1. Collect. Every calibration prompt is prefilled once.
-2. Rule. A bandit on real roll-outs, reward -(loss_compressed - loss_full), chooses for each budget the window and the width
-   of the pool (ours; the paper has one rule).
-3. Heads, from two rewards. Both judge a cache by how well it predicts, along the right continuation, what the full cache predicts
-   (the loss against all its probabilities): the right token alone tells less. The value: a pass forth and back through the network
-   tells of every cache entry, kept or not, by how much that loss would fall with it, to first order. In state (budget, layer, head),
-   W_head is multiplied by a value of the grid, and the reward is the value of the entries that this lifts over the threshold, less
-   the price of their places; one pass serves every state and action. The loss: random tables are rolled out for real, and all heads
-   of a table share its reward. Layers compete meanwhile, as under the gate, with thresholds (random too where tables are) that every
-   token reaches: under higher ones, a head would be paid for the tokens that a larger W adds.
-4. Layers, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned like the
-   heads, from the value of what a layer's threshold moves and from the loss of random thresholds.
-5. Let the loss of the right continuation decide. Every prompt is rolled out under the tables that the other kinds of prompts made,
-   at several strengths, and a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the
-   gate is there to control risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more
-   than one standard error. What ships is learned from all prompts.
-6. Gate. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the reward is the paper's, of real
-   roll-outs: the loss, and the penalty for candidates beyond the budget.
+2. Rule. A bandit on real roll-outs chooses for each budget the window and the width of the pool (ours; the paper has one rule). The
+   reward is -(loss_compressed - loss_full): in the paper's reading the loss of the right continuation; in ours that against all that
+   the full cache predicts along it, of which the right token alone tells less.
+3. Heads, from two rewards. The value: a pass forth and back through the network tells of every cache entry, kept or not, by how much
+   our loss would fall with it, to first order. In state (budget, layer, head), W_head is multiplied by a value of the grid, and the
+   reward is the value of the entries that this lifts over the threshold, less the price of their places; one pass serves every state
+   and action. The loss: random tables are rolled out for real, and all heads of a table share its reward. Layers compete meanwhile,
+   as under the gate, with thresholds (random too where tables are) that every token reaches: under higher ones, a head would be paid
+   for the tokens that a larger W adds.
+4. Layers, given the heads. Where layers compete (ours), the ratios of T_gate over layers share tokens out: they are learned from the
+   loss of random thresholds, one direction for all budgets, because budgets apart tell little of a layer.
+5. Let roll-outs decide. Every prompt is rolled out under the tables that the other kinds of prompts made, at several strengths, and
+   a bandit chooses for each budget: first how far the layers go, by the prompts that lose most, for the gate is there to control
+   risk; then, given the layers, how far the heads go, where W = 1 stays unless the best is better by more than one standard error.
+   What ships is learned from all prompts.
+6. Gate. In state (budget, entropy bin, perplexity bin), all thresholds together take a level; the reward is that of real roll-outs
+   less the paper's penalty for candidates beyond the budget.
 Both readings of the method are compiled: the paper's (model scope, its grids) and ours (head scope, log-spaced grids).
 """
 
@@ -50,9 +50,9 @@ NOISE = 0.1             # nats; differences between a prompt's roll-outs that ar
 # Strengths among which real roll-outs decide: the log of W at a head whose larger weight surely pays in value, and the standard deviation
 # over heads of the log of the table learned from the loss; of layers the same, of 1 / threshold. They are few: the best of many would be
 # the luckiest.
-HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2), (0.9, 0.3))
+HEAD_STEPS = ((0.0, 0.0), (0.6, 0.0), (0.3, 0.1), (0.6, 0.2))
 HEAD_START = (0.6, 0.2)  # beside which the layers are learned
-LAYER_STEPS = ((0.0, 0.0), (0.2, 0.3), (0.4, 0.6), (0.6, 0.9))
+LAYER_STEPS = ((0.0, 0.0), (0.0, 0.3))
 WORST = 0.25            # share of the prompts, those that lose most, whose mean loss decides on the thresholds of layers
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
@@ -285,7 +285,7 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
     """Random tables, rolled out for real: their logs (P, budgets, TABLES, entries) and what they paid (P, budgets, TABLES).
 
     shapes: of the parts of a table, whose entries follow one another in the log; job_of(budget's number, log of each part) -> a job
-    of `roll_out`. The loss is that against what the full cache predicts. A prompt's rewards at one budget are counted from their mean,
+    of `roll_out`. A prompt's rewards at one budget are counted from their mean,
     in standard deviations, so that no prompt outvotes the others.
     """
     logs, rewards = [], []
@@ -295,20 +295,21 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
             x = SPREAD * random_logs(rng, len(budgets) * TABLES // 2, *shape).reshape(len(budgets), -1, *shape)
             parts.append(np.concatenate((x, -x), axis=1))  # with mirror images: (budgets, TABLES, *shape)
         jobs = [job_of(b, *table) for b in range(len(budgets)) for table in zip(*(x[b] for x in parts))]
-        r = -roll_out(model, sample, name, jobs, sample.predicted(model)).reshape(len(budgets), -1)  # (budgets, TABLES)
+        r = -roll_out(model, sample, name, jobs).reshape(len(budgets), -1)  # (budgets, TABLES)
         logs.append(np.concatenate([x.reshape(*r.shape, -1) for x in parts], axis=-1))
         rewards.append((r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + NOISE))
         progress.update(r.size)
     return np.stack(logs), np.stack(rewards)
 
 
-def loss_direction(logs, rewards, n):
+def loss_direction(logs, rewards, n, shares):
     """The direction (budgets, n) in which the log of a table's first n entries should go by `loss_log`, with a standard deviation of 1.
 
-    It is what LinUCB's regression of the rewards on the logs of the tables finds: one action, to use the table.
+    It is what LinUCB's regression of the rewards on the logs of the tables finds: one action, to use the table. shares (budgets,
+    budgets): what each budget's experiences count for each.
     """
     steps = []
-    for weight in np.sqrt(lent(rewards.shape[1])):  # (budgets,): a regression counts the squares
+    for weight in np.sqrt(shares):  # (budgets,): a regression counts the squares
         x = (weight[:, None, None] * logs).reshape(rewards.size, -1)  # (P, budgets, TABLES, entries) -> (P budgets TABLES, entries)
         bandit = LinUCB(x, 1)
         bandit.update(np.arange(len(x)), np.zeros(len(x), dtype=int), (weight[:, None] * rewards).ravel())
@@ -331,13 +332,16 @@ def learn_heads(name, log, losses=None, steps=HEAD_STEPS):
         return {"neutral": np.ones_like(table), "value": table}
     L, H = heads.shape[2:4]
     G = losses[0].shape[-1] // L - 1  # an entry of the log for each of L G heads, then one for each layer
-    loss = loss_direction(*losses, L * G).reshape(-1, L, G)  # (budgets, L G) -> (budgets, L, G)
+    loss = loss_direction(*losses, L * G, lent(heads.shape[1])).reshape(-1, L, G)  # (budgets, L G) -> (budgets, L, G)
     return at_strengths(steps, direction(heads), by_head(loss, H))
 
 
-def learn_layers(log, losses):
-    """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; log and losses as in `learn_heads`."""
-    return at_strengths(LAYER_STEPS, direction(log[..., -1, :]), loss_direction(*losses, log.shape[2]))  # a lower threshold is a larger weight
+def learn_layers(losses):
+    """Candidates for what divides the thresholds of layers, {what it is: (budgets, L)}; losses: `loss_log` of random thresholds."""
+    logs, rewards = losses
+    n_budgets, L = rewards.shape[1], logs.shape[-1]
+    # A lower threshold is a larger weight.
+    return at_strengths(LAYER_STEPS, 0.0, loss_direction(logs, rewards, L, np.ones((n_budgets, n_budgets))))
 
 
 def named(budgets, actions, rewards):
@@ -410,7 +414,7 @@ def protected_scores(sample, name, rule, W, budget, n_sets):
 def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress):
     """T_gate (budgets, L, 20, 4) given W and the layers' multiples (budgets, L), from the paper's reward of real roll-outs.
 
-    Also the prompts that visited each state (20, 4), and the mean dNLL of all prompts without a gate and with it (budgets, 2).
+    Also the prompts that visited each state (20, 4), and what all prompts lose on average without a gate and with it (budgets, 2).
     All layers share the level of a risk state: one loss a roll-out cannot tell 30 of them apart. A rare state leans on
     the mean over all by PRIOR pseudo-experiences; one that no prompt visited takes that mean's level.
     """
@@ -419,18 +423,18 @@ def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress)
     states = [e * ckv.N_PPL_BINS + p for e, p in risk_bins(samples, name, edges)]
     taus = grid[:, None] * layers[:, None]  # (budgets, A, L)
     jobs = [(rules[b], W[b], tau, budget) for b, budget in enumerate(budgets) for tau in (None, *taus[b])]
-    dnll, rewards = [], []
+    lost, rewards = [], []
     for sample in samples:
-        dnll.append(roll_out(model, sample, name, jobs).reshape(len(budgets), -1) - sample.loss_full)  # (budgets, 1 + A): no gate first
+        lost.append(roll_out(model, sample, name, jobs).reshape(len(budgets), -1))  # (budgets, 1 + A): no gate first
         excess = []
         for b, budget in enumerate(budgets):
             s = protected_scores(sample, name, rules[b], W[b], budget, n_sets)
             candidates = np.array([float((s >= torch.from_numpy(tau).float()[:, None, None]).sum()) for tau in taus[b]]) / (L * n_sets)
             excess.append(np.maximum(candidates - budget, 0) / s.shape[-1])  # of tokens a layer
-        rewards.append(-dnll[-1][:, 1:] - settings.penalty * np.stack(excess))
-        progress.update(dnll[-1].size)
+        rewards.append(-lost[-1][:, 1:] - settings.penalty * np.stack(excess))
+        progress.update(lost[-1].size)
     T, a = np.empty((len(budgets), L, ckv.N_ENTROPY_BINS, ckv.N_PPL_BINS)), np.arange(len(grid))
-    mean_dnll = np.empty((len(budgets), 2))
+    mean_lost = np.empty((len(budgets), 2))
     for b in range(len(budgets)):
         bandit, mean = EpsilonGreedy(n_states, len(grid)), np.mean([r[b] for r in rewards], 0)
         for state, reward in zip(states, rewards):
@@ -439,16 +443,23 @@ def learn_gate(model, samples, name, rules, W, layers, edges, budgets, progress)
             bandit.update(np.arange(n_states)[:, None], a[None], mean[None])
         chosen = bandit.greedy()  # (n_states,)
         T[b] = layers[b][:, None, None] * grid[chosen].reshape(T.shape[2:])
-        mean_dnll[b] = np.mean([(lost[b, 0], lost[b, 1 + chosen[state]]) for lost, state in zip(dnll, states)], 0)
-    return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:]), mean_dnll
+        mean_lost[b] = np.mean([(x[b, 0], x[b, 1 + chosen[state]]) for x, state in zip(lost, states)], 0)
+    return T, np.bincount(states, minlength=n_states).reshape(T.shape[2:]), mean_lost
 
 
 # ------------------------------------------------------------------------------------------------- let the loss decide
 
-def roll_out(model, sample, name, jobs, targets=None):
-    """Loss, nats a token, of the continuation from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
+def judge(name):
+    """What `roll_out` measures under one reading of the method, for the reports."""
+    return "divergence" if ckv.SETTINGS[name].soft else "dNLL"
 
-    tau: (L,), or None for no gate; targets: see `Model.nll`. Jobs that keep the same tokens share a roll-out.
+
+def roll_out(model, sample, name, jobs):
+    """What the continuation loses, nats a token, from one compressed cache for each job (rule, W (L, H), tau, budget): (N,).
+
+    tau: (L,), or None for no gate. What counts is the loss of the right tokens less the full cache's own (dNLL); where settings are
+    soft, of all that the full cache predicts after each of them (the Kullback-Leibler divergence). Jobs that keep the same tokens share
+    a roll-out.
     """
     settings, G, which, sets = ckv.SETTINGS[name], model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
@@ -457,24 +468,29 @@ def roll_out(model, sample, name, jobs, targets=None):
         kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], settings.n_sets(G), settings.cap)
         which.append(tuple(k.numpy().tobytes() for k in kept))
         sets[which[-1]] = [k.expand(G, -1) for k in kept]
+    targets, loss_full, ids = None, sample.loss_full, sample.continuation
+    if settings.soft:  # the full cache's loss against itself: of the first token, and the entropy of what it predicts
+        targets = sample.predicted(model)  # (n - 1, V)
+        first = model.nll(sample.cache, sample.logits, ids[:1]).item()
+        loss_full = (first + torch.special.entr(targets).sum().item()) / len(ids)
     keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
     for i in range(0, len(keys), ROWS):
         batch = ckv.evict(sample.cache, *(sets[key] for key in keys[i:i + ROWS]))
-        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, sample.continuation, targets).tolist())
-    return np.array([loss_of[key] for key in which])
+        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, ids, targets).tolist())
+    return np.array([loss_of[key] for key in which]) - loss_full
 
 
 def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0, lend=False):
     """For each budget the action whose real roll-outs lose least; cautious: action 0 if that is not better by a standard error.
 
-    job_of(sample's number, budget's number, action) -> a job of `roll_out`. worst: the share of the prompts, for each action those
-    that lose most, whose mean counts; lend: other budgets count as in `lent`. Returns the indices of the chosen actions (budgets,)
-    and these mean rewards, of each budget alone (budgets, actions).
+    job_of(sample's number, budget's number, action) -> a job of `roll_out`. worst: the share of the prompts, for
+    each action those that lose most, whose mean counts; lend: other budgets count as in `lent`. Returns the indices of the chosen
+    actions (budgets,) and these mean rewards, of each budget alone (budgets, actions).
     """
     rewards = []
     for i, sample in enumerate(samples):
         jobs = [job_of(i, b, action) for b in range(len(budgets)) for action in actions]
-        rewards.append(sample.loss_full - roll_out(model, sample, name, jobs).reshape(len(budgets), -1))
+        rewards.append(-roll_out(model, sample, name, jobs).reshape(len(budgets), -1))
         progress.update(len(jobs))
     rewards = np.stack(rewards)  # (P, budgets, actions)
     mean = np.sort(rewards, axis=0)[:max(1, round(worst * len(samples)))].mean(0)  # (budgets, actions)
@@ -497,11 +513,12 @@ def decide(model, samples, name, budgets, learn, job_of, progress, **how):
     chosen, rewards = choose(model, samples, name, budgets, titles, lambda i, b, title: job_of(b, by_kind[i % KINDS][title][b]), progress,
                              lend=True, **how)
     best = [titles[i] for i in chosen]
+    of = judge(name) + (f", worst {100 * how['worst']:.0f}% of prompts" if "worst" in how else "")
     agree = lambda title, b: evaluation.rank_correlation(*(half[title][b].ravel() for half in two))
     agreement = {title: agree(title, slice(None)) for title in titles[1:]}
     agreement |= {budget: agree(title, b) for b, (budget, title) in enumerate(zip(every, best)) if title != titles[0]}
     return np.stack([learned[title][b] for b, title in enumerate(best)]), {
-        "chosen": dict(zip(every, best)), "held_out_dnll": named(budgets, titles, rewards), "share_of_prompts": how.get("worst", 1.0),
+        "chosen": dict(zip(every, best)), "held_out_loss": named(budgets, titles, rewards), "judge": of,
         "rank_agreement_of_halves": agreement}
 
 
@@ -535,7 +552,7 @@ def learn_weights(model, samples, name, budgets, rules, rng, progress):
         (start,) = learn_heads(name, log, losses, (HEAD_START,)).values()
         of_layers = random_loss(((L,),), lambda b, layers: job(b, start[b], np.exp(layers)))
         weights, evidence["layers"] = decide(
-            model, samples, name, budgets, lambda prompts: learn_layers(log[prompts], part_of(of_layers, prompts)),
+            model, samples, name, budgets, lambda prompts: learn_layers(part_of(of_layers, prompts)),
             lambda b, weight: job(b, start[b], weight), progress, worst=WORST)
     W, evidence["W_head"] = decide(
         model, samples, name, budgets, lambda prompts: learn_heads(name, log[prompts], part_of(losses, prompts)),
@@ -552,22 +569,22 @@ def compile_tables(model, samples, name, budgets, seed, say):
     with tqdm(desc=f"{name}, roll-outs", unit="roll-out", leave=False) as progress:
         chosen, rewards = choose(model, samples, name, budgets, settings.rules,
                                  lambda i, b, rule: (rule, one, None, budgets[b]), progress)
-        rules, evidence = [settings.rules[i] for i in chosen], {"dnll_by_rule": named(budgets, settings.rules, rewards)}
+        rules, evidence = [settings.rules[i] for i in chosen], {"lost_by_rule": named(budgets, settings.rules, rewards)}
         for budget, rule, r in zip(budgets, rules, rewards):
-            say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, dNLL {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
+            say(f"{name}, budget {budget}: window {rule[0]}, kernel {rule[1]}, {judge(name)} {-r.max():.3f} (rules {-r.max():.3f} to {-r.min():.3f})")
         W, weights, log, more = learn_weights(model, samples, name, budgets, rules, rng, progress)
         evidence |= more
         for what, found in ((what, more[what]) for what in ("layers", "W_head") if what in more):
-            for budget, row in found["held_out_dnll"].items():
-                say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held-out dNLL, worst {100 * found['share_of_prompts']:.0f}% of prompts: "
-                    + "; ".join(f"{title} {dnll:.3f}" for title, dnll in row.items()))
-        T, visits, mean_dnll = learn_gate(model, samples, name, rules, W, 1 / weights, quantiles, budgets, progress)
+            for budget, row in found["held_out_loss"].items():
+                say(f"{name}, budget {budget}: {what} {found['chosen'][budget]}; held out, {found['judge']}: "
+                    + "; ".join(f"{title} {loss:.3f}" for title, loss in row.items()))
+        T, visits, mean_lost = learn_gate(model, samples, name, rules, W, 1 / weights, quantiles, budgets, progress)
         evidence["gate_visits"], evidence["roll_outs"] = visits.tolist(), progress.n
     evidence["check"], sizes = {}, gate_sizes(samples, name, rules, W, T, quantiles, budgets)  # on the prompts that made the tables
     for b, budget in enumerate(map(str, budgets)):
-        no_gate, both = mean_dnll[b].round(4).tolist()
-        evidence["check"][budget] = {"dnll_no_tables": round(float(-rewards[b].max()), 4),  # of the rule that was chosen
-                                     "dnll_W_head": no_gate, "dnll_W_head_and_T_gate": both, **sizes[b]}
+        no_gate, both = mean_lost[b].round(4).tolist()
+        evidence["check"][budget] = {"lost_no_tables": round(float(-rewards[b].max()), 4),  # of the rule that was chosen
+                                     "lost_W_head": no_gate, "lost_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
         evidence["learners"] = describe_learners(log[:, len(budgets) // 2, :, :-1], budgets[len(budgets) // 2], seed, say)
     say(f"{name}: rank agreement of W_head from two halves {evidence['W_head']['rank_agreement_of_halves']}; {time.time() - start:.0f} s")
@@ -639,8 +656,8 @@ def describe(name, compiled, evidence, budgets, retrieval, say):
         low = "".join(f", layer {l} {ratio[l]:.2f} of it" for l in np.argsort(ratio, kind="stable")[:3] if ratio[l] < 1)
         say(f"{name}, budget {budget}: W_head {W.min():.2f} to {W.max():.2f}, highest {heads}, rank correlation with "
             f"retrieval {evaluation.cell(rho)}; median tau {np.median(T):.2f}{low}; "
-            f"dNLL {row['dnll_no_tables']:.3f} without tables, {row['dnll_W_head']:.3f} with W_head, "
-            f"{row['dnll_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
+            f"{judge(name)} {row['lost_no_tables']:.3f} without tables, {row['lost_W_head']:.3f} with W_head, "
+            f"{row['lost_W_head_and_T_gate']:.3f} with both; gate set the size in {100 * row['gate_set_the_size']:.1f}% of "
             f"(prompt, layer) pairs, {row['kept_mean']:.0f} tokens kept")
 
 

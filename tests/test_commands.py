@@ -313,6 +313,11 @@ def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith(("| 64 |", "| 128 |"))]
     names = [row[1] for row in rows if not " - " in row[1]]
     assert names == [*evaluation.SWITCHES] * 2 and len(rows) - len(names) == 2 * len(evaluation.PAIRS)
+    means = [[float(cell.split()[0]) for cell in line.split(" | ")[2:4]] for line in report.splitlines() if line.startswith("| mean |")]
+    apart = [[float(cell.split()[0]) for cell in row[2:4]] for row in rows if " - " in row[1]]
+    assert len(means) == len(evaluation.PAIRS)
+    for mean, *both in zip(means, apart, apart[len(means):]):
+        assert mean[0] == pytest.approx(np.mean(both, 0)[0], abs=0.0011) and mean[1] == pytest.approx(np.mean(both, 0)[1], abs=0.011)
     at_64 = {row[1]: row[2:] for row in rows if row[0] == "| 64"}
     switched = {"no gate": None, "cap 1": "CompilerKV"}  # from what; all others from "no gate"
     same = [name for name, values in at_64.items() if values == at_64.get(switched.get(name, "no gate"))]

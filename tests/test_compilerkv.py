@@ -89,7 +89,7 @@ def test_the_worked_example_of_the_method():
     alpha, rho = attention_level(observation, window=2, scope="model"), value_norm(cache)
     assert alpha.flatten().tolist() == [0.75, 1.5, 0.75]
     assert rho.tolist() == [[[1.0, 1.0, 1.0], [0.5, 1.0, 1.5]]]
-    u = utility(observation, cache, Settings("model", "mean", True, (), 1, (), (), 1.0), window=2)
+    u = utility(observation, cache, Settings("model", "mean", True, (), 1, (), (), 1.0, False), window=2)
     assert torch.equal(u, alpha * rho)
     W = torch.tensor([[1.0, 1.5]])
     assert head_score(u, W).tolist() == [[[0.75, 2.25, 1.6875]]]

@@ -174,6 +174,14 @@ def test_worst_tenth():
     assert worst_tenth([3.0, -1.0]) == 3 and worst_tenth(range(19)) == 18 and worst_tenth(range(40)) == 37.5
 
 
+def test_the_worst_tenth_of_a_draw_counts_records_as_often_as_it_drew_them():
+    """Guards against a tenth of the records in the place of a tenth of the draw, and against counts that stay in the order of the file."""
+    rng = np.random.default_rng(0)
+    values, counts = rng.normal(size=40), rng.multinomial(40, np.full(40, 1 / 40), size=5)
+    assert np.allclose(worst_tenth(values, counts), [worst_tenth(np.repeat(values, c)) for c in counts])
+    assert worst_tenth([1.0, 5.0], np.array([[0.5, 1.5], [1.75, 0.25]])) == pytest.approx([5, 0.25 * 5 + 0.75])  # a record that counts in part
+
+
 @pytest.mark.parametrize("x, y, rho", [
     ([1, 2, 3], [10, 100, 1000], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2, 2], [1, 2, 1, 2], 0),
     ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8), ([1, 2, 2, 4], [1, 3, 2, 4], 0.9486832980505138), ([7, 7], [1, 2], None),
