@@ -318,6 +318,11 @@ def test_the_ablations_name_every_row_compare_in_pairs_and_go_on(world, tmp_path
     assert len(means) == len(evaluation.PAIRS)
     for mean, *both in zip(means, apart, apart[len(means):]):
         assert mean[0] == pytest.approx(np.mean(both, 0)[0], abs=0.0011) and mean[1] == pytest.approx(np.mean(both, 0)[1], abs=0.011)
+    worst = {(row[0], row[1]): float(row[3]) for row in rows if " - " not in row[1]}
+    for budget, pair, _, tail, _ in (row for row in rows if " - " in row[1]):
+        difference, low, high = (float(number.strip("[],")) for number in tail.split())
+        assert difference == pytest.approx(worst[budget, pair.split(" - ")[0]] - worst[budget, pair.split(" - ")[1]], abs=0.011)
+        assert low <= difference <= high
     at_64 = {row[1]: row[2:] for row in rows if row[0] == "| 64"}
     switched = {"no gate": None, "cap 1": "CompilerKV"}  # from what; all others from "no gate"
     same = [name for name, values in at_64.items() if values == at_64.get(switched.get(name, "no gate"))]
