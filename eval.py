@@ -783,20 +783,19 @@ def write_ablation(model, records, results, meta, args, tables):
     counts = resamples([row["context"] for row in results], [row["task"] for row in results], args.seed)
     show = lambda v, form: form.format(v.mean(), *interval(v, counts))
     token = 2 * model.config.head_dim * model.dtype.itemsize * model.config.n_layer * model.config.n_kv_head
-    rows = [[str(budget), name, show(dnll[:, i, b], "{:.3f} [{:.3f}, {:.3f}]"), f"{worst_tenth(dnll[:, i, b]):.2f}",
+    worst_of = lambda *counts: np.array([[worst_tenth(values, *counts) for values in row.T] for row in dnll.transpose(1, 0, 2)])
+    worst, draws = worst_of(), worst_of(counts)  # (rows, budgets), (rows, budgets, RESAMPLES)
+    rows = [[str(budget), name, show(dnll[:, i, b], "{:.3f} [{:.3f}, {:.3f}]"), f"{worst[i, b]:.2f}",
              f"{kept[:, i, b].mean():.1f}", f"{kept[:, i, b].mean() * token / 1e6:.2f}"]
             for b, budget in enumerate(args.budgets) for i, name in enumerate(args.rows)]
     out = lines_of(["budget", "row", "dNLL [95%]", "worst tenth", "kept a layer", "KV MB"], rows)
-    at, n_budgets = args.rows.index, len(args.budgets)
-    tails = np.stack([[worst_tenth(row, counts) for row in table.T] for table in dnll.transpose(1, 0, 2)])  # (rows, budgets, RESAMPLES)
-    single = [(str(budget), slice(b, b + 1)) for b, budget in enumerate(args.budgets)]
+    at, single = args.rows.index, [(str(budget), slice(b, b + 1)) for b, budget in enumerate(args.budgets)]
     pairs = [(at(name), at(other)) for name, other in PAIRS if {name, other} <= set(args.rows)]
     rows = []
-    for (name, part), (i, j) in itertools.product(single + [("mean", slice(None))] * (n_budgets > 1), pairs):
-        tail = np.mean([worst_tenth(dnll[:, i, b]) - worst_tenth(dnll[:, j, b]) for b in range(n_budgets)[part]])
-        low, high = np.percentile((tails[i] - tails[j])[part].mean(0), (2.5, 97.5))
+    for (name, part), (i, j) in itertools.product(single + [("mean", slice(None))] * (len(single) > 1), pairs):
+        low, high = np.percentile((draws[i] - draws[j])[part].mean(0), (2.5, 97.5))
         rows.append([name, f"{args.rows[i]} - {args.rows[j]}", show((dnll[:, i] - dnll[:, j])[:, part].mean(1), "{:+.3f} [{:+.3f}, {:+.3f}]"),
-                     f"{tail:+.2f} [{low:+.2f}, {high:+.2f}]", f"{(kept[:, i] - kept[:, j])[:, part].mean():+.1f}"])
+                     f"{(worst[i] - worst[j])[part].mean():+.2f} [{low:+.2f}, {high:+.2f}]", f"{(kept[:, i] - kept[:, j])[:, part].mean():+.1f}"])
     out += lines_of(["budget", "difference", "dNLL [95%], paired", "worst tenth [95%], paired", "kept a layer"], rows)
     if {"CompilerKV", "SnapKV", ORACLE} <= set(args.rows):
         ours, rival, best = (dnll[:, at(name)].mean(0) for name in ("CompilerKV", "SnapKV", ORACLE))
