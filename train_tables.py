@@ -214,11 +214,12 @@ def random_logs(rng, n, *shape):
 
 
 def value_log(model, samples, name, rules, tau, budgets, rng, progress):
-    """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H + 1, A) nats a token.
+    """The complete log of these prompts: what every action pays in every state, (P, budgets, L, H, A) nats a token.
 
-    States and actions: see `moved`. A prompt tries them around a random W for each budget and around its mirror image, so that the
-    log holds in the neighbourhood of W = 1, not only there. Places are limited, so every moved entry pays the price of one: what
-    entries are worth on average, to this prompt at this budget, that the next action above and below moves where every layer takes it.
+    States and actions: see `moved`, of heads alone: whole layers only tell the price. A prompt tries them around a random W for
+    each budget and around its mirror image, so that the log holds in the neighbourhood of W = 1, not only there. Places are
+    limited, so every moved entry pays the price of one: what entries are worth on average, to this prompt at this budget, that
+    the next action above and below moves where every layer takes it.
     """
     settings, c, logs = ckv.SETTINGS[name], model.config, []
     tau, n_sets = None if tau is None else torch.as_tensor(tau, dtype=torch.float32), settings.n_sets(c.n_kv_head)
@@ -236,7 +237,7 @@ def value_log(model, samples, name, rules, tau, budgets, rng, progress):
                 found[b] += moved(u, W, n_sets, budgets[b], rules[b][0], kept, values, settings.W_grid)
         for moves, entries in found:  # (L, H + 1, A) each
             value, count = (x[:, -1, neutral + 1] - x[:, -1, neutral - 1] for x in (moves, entries))
-            logs.append((moves - value.sum() / max(count.sum(), 1) * entries).numpy())
+            logs.append((moves - value.sum() / max(count.sum(), 1) * entries)[:, :-1].numpy())  # (L, H, A)
         progress.update(2 * len(budgets))
     return np.stack(logs).astype(float).reshape(len(samples), len(budgets), *logs[0].shape)
 
@@ -325,15 +326,15 @@ def at_strengths(steps, value, loss):
 
 def learn_heads(name, log, losses=None, steps=HEAD_STEPS):
     """Candidates for W_head from what some prompts paid: {what it is: table (budgets, L, H)}. log: `value_log`, losses: `loss_log`."""
-    grid, heads = ckv.SETTINGS[name].W_grid, log[..., :-1, :]  # (P, budgets, L, H, A)
+    grid = ckv.SETTINGS[name].W_grid
     if losses is None:  # the paper's reading: a head has the action that clearly pays, or 1
-        bandit = of_complete_log(heads.reshape(len(heads), -1, len(grid)))
-        table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(heads.shape[1:-1])
+        bandit = of_complete_log(log.reshape(len(log), -1, len(grid)))
+        table = np.array(grid)[bandit.cautious(grid.index(1.0))].reshape(log.shape[1:-1])
         return {"neutral": np.ones_like(table), "value": table}
-    L, H = heads.shape[2:4]
+    L, H = log.shape[2:4]  # of (P, budgets, L, H, A)
     G = losses[0].shape[-1] // L - 1  # an entry of the log for each of L G heads, then one for each layer
-    loss = loss_direction(*losses, L * G, lent(heads.shape[1])).reshape(-1, L, G)  # (budgets, L G) -> (budgets, L, G)
-    return at_strengths(steps, direction(heads), by_head(loss, H))
+    loss = loss_direction(*losses, L * G, lent(log.shape[1])).reshape(-1, L, G)  # (budgets, L G) -> (budgets, L, G)
+    return at_strengths(steps, direction(log), by_head(loss, H))
 
 
 def learn_layers(losses):
@@ -544,8 +545,8 @@ def learn_weights(model, samples, name, budgets, rules, rng, progress):
     even = np.full(L, settings.tau_grid[0]) if layers_compete else None  # one threshold that all tokens reach; None: no gate
     job = lambda b, W, weight: (rules[b], W, even / weight if layers_compete else None, budgets[b])  # of `roll_out`
     part_of = lambda losses, prompts: losses and [part[prompts] for part in losses]
-    log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H + 1, A)
-    weights, losses, evidence = np.ones((len(budgets), L)), None, {"head_experiences": log[..., :-1, :].size}
+    log = value_log(model, samples, name, rules, even, budgets, rng, progress)  # (P, budgets, L, H, A)
+    weights, losses, evidence = np.ones((len(budgets), L)), None, {"head_experiences": log.size}
     if layers_compete:
         random_loss = lambda shapes, job_of: loss_log(model, samples, name, budgets, shapes, job_of, rng, progress)
         losses = random_loss(((L, G), (L,)), lambda b, heads, layers: job(b, by_head(np.exp(heads), H), np.exp(layers)))
@@ -586,7 +587,7 @@ def compile_tables(model, samples, name, budgets, seed, say):
         evidence["check"][budget] = {"lost_no_tables": round(float(-rewards[b].max()), 4),  # of the rule that was chosen
                                      "lost_W_head": no_gate, "lost_W_head_and_T_gate": both, **sizes[b]}
     if name == "compilerkv":
-        evidence["learners"] = describe_learners(log[:, len(budgets) // 2, :, :-1], budgets[len(budgets) // 2], seed, say)
+        evidence["learners"] = describe_learners(log[:, len(budgets) // 2], budgets[len(budgets) // 2], seed, say)
     say(f"{name}: rank agreement of W_head from two halves {evidence['W_head']['rank_agreement_of_halves']}; {time.time() - start:.0f} s")
     return ckv.Compiled(np.array(rules, dtype=float), W, T, *quantiles), evidence
 

@@ -157,10 +157,10 @@ def test_the_log_charges_for_places(monkeypatch):
     log = train_tables.value_log(model, samples, "compilerkv", [RULES["compilerkv"]] * 2, torch.full((L,), 0.001), (60, 70),
                                  np.random.default_rng(0), tqdm(disable=True))
     step = torch.arange(-2, 3)
-    assert log.shape == (3, 2, L, H + 1, len(step))
+    assert log.shape == (3, 2, L, H, len(step))  # the column of whole layers is left out
     for i, b in np.ndindex(3, 2):
         plain = ((2, 5)[b] + i) * 3 * step.numpy() + (step == 1).numpy()
-        expected = np.tile(plain - ((2, 5)[b] + i + 1 / 6) * 3 * step.numpy(), (L, H + 1, 1))  # the price is that of the steps on both sides
+        expected = np.tile(plain - ((2, 5)[b] + i + 1 / 6) * 3 * step.numpy(), (L, H, 1))  # the price is that of the steps on both sides
         expected[1, 2] += plain
         assert np.allclose(log[i, b], 2 * expected)  # two tables
     assert [budget for budget, _ in seen] == [60, 60, 70, 70] * 3 and len({tuple(x.flatten().tolist()) for _, x in seen}) > 2
@@ -231,8 +231,7 @@ def test_heads_take_the_action_that_clearly_pays():
     pays[:, np.arange(best.size), best] = 0.5
     pays[:, 0] = np.where(np.arange(8) % 2, 0.9, -0.8)[:, None]  # of head 0 all actions are lucky, none is clearly better
     pays[..., neutral] = 0
-    log = np.concatenate((pays.reshape(8, 1, *shape, -1), np.full((8, 1, shape[0], 1, len(grid)), 9.0)), axis=3)  # with the column of layers
-    tables = train_tables.learn_heads("compilerkv-paper", log)
+    tables = train_tables.learn_heads("compilerkv-paper", pays.reshape(8, 1, *shape, -1))
     expected = grid[best].reshape(shape)
     expected[0, 0] = 1
     assert np.array_equal(tables["value"], expected[None])
@@ -240,11 +239,11 @@ def test_heads_take_the_action_that_clearly_pays():
 
 
 def test_candidates_join_what_the_value_and_the_loss_tell(monkeypatch):
-    """Guards against a strength of the other reward, a head that gets another's weight, and the column of layers among the heads."""
+    """Guards against a strength of the other reward, and a head that gets another's weight."""
     rng, (L, H, G) = np.random.default_rng(0), (CONFIG.n_layer, CONFIG.n_head, CONFIG.n_kv_head)
     value, loss, losses = rng.normal(size=(2, L, H)), 3 * rng.normal(size=(2, L, G)), (np.zeros((5, 2, 8, L * G + L)), object())
-    log = rng.normal(size=(5, 2, L, H + 1, 5))
-    monkeypatch.setattr(train_tables, "direction", lambda given: {log[..., :-1, :].tobytes(): value}[given.tobytes()])
+    log = rng.normal(size=(5, 2, L, H, 5))
+    monkeypatch.setattr(train_tables, "direction", lambda given: {log.tobytes(): value}[given.tobytes()])
     monkeypatch.setattr(train_tables, "loss_direction", lambda *given: loss.reshape(2, -1) if given[:3] == (*losses, L * G) and np.array_equal(given[3], train_tables.lent(2)) else None)
     tables = train_tables.learn_heads("compilerkv", log, losses)
     assert len(tables) == len(train_tables.HEAD_STEPS) and (tables["neutral"] == 1).all()
@@ -367,7 +366,7 @@ def test_layers_get_the_thresholds_that_pay(monkeypatch, name):
         worse = np.array([0.1 * (rule != ckv.SETTINGS[name].rules[0]) for rule, *_ in jobs])
         return worse + np.where([budget == 60 for *_, budget in jobs], np.abs(ratio - 1.2), 0.6 * (np.abs(ratio) > 1e-9))
 
-    fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
+    fakes = {"value_log": lambda *_: np.zeros((12, 2, L, H, len(ckv.SETTINGS[name].W_grid))), "roll_out": roll_out,
              "learn_heads": lambda *_: {"neutral": table}, "compare_learners": lambda *_: {},
              "learn_gate": lambda model, samples, name, rules, W, layers, *_: (np.tile(layers[..., None, None], (1, 1, 20, 4)), np.zeros((20, 4)), np.zeros((2, 2)))}
     for function, fake in fakes.items():
@@ -494,7 +493,7 @@ def test_every_prompt_is_judged_under_the_tables_of_other_kinds(monkeypatch, nam
         seen.append((int(sample.loss_full), [(W[0, 0], 1 if tau is None else ckv.OURS.tau_grid[0] / tau[0]) for _, W, tau, _ in jobs]))
         return -np.array([int(W > 1) + int(weight > 1) for W, weight in seen[-1][1]])  # a learned table is better, by 1
 
-    log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H + 1, len(ckv.SETTINGS[name].W_grid)))
+    log = np.broadcast_to(said[:, None, None, None, None], (12, 2, L, H, len(ckv.SETTINGS[name].W_grid)))
     for function, fake in (("value_log", lambda *_: log), ("loss_log", lambda *_: (said, said)), ("learn_heads", learn_heads),
                            ("roll_out", roll_out), ("learn_layers", learn_layers), ("compare_learners", lambda *_: {}),
                            ("learn_gate", lambda model, samples, name, rules, W, layers, *_: (
@@ -533,7 +532,7 @@ def test_heads_are_learned_and_judged_where_layers_compete(monkeypatch, name):
 
     def value_log(model, samples, name, rules, tau, *_):
         steps.append(("value", tau))
-        return np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head + 1, 3))
+        return np.zeros((12, 1, CONFIG.n_layer, CONFIG.n_head, 3))
 
     def loss_log(model, samples, name, budgets, shapes, job_of, *_):
         _, W, tau, _ = job_of(0, *(np.full(shape, 0.5) for shape in shapes))
