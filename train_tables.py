@@ -286,8 +286,8 @@ def loss_log(model, samples, name, budgets, shapes, job_of, rng, progress):
     """Random tables, rolled out for real: their logs (P, budgets, TABLES, entries) and what they paid (P, budgets, TABLES).
 
     shapes: of the parts of a table, whose entries follow one another in the log; job_of(budget's number, log of each part) -> a job
-    of `roll_out`. A prompt's rewards at one budget are counted from their mean,
-    in standard deviations, so that no prompt outvotes the others.
+    of `roll_out`. A prompt's rewards at one budget are counted from their mean, in standard deviations, so that no prompt outvotes
+    the others.
     """
     logs, rewards = [], []
     for sample in samples:
