@@ -347,12 +347,13 @@ class Model:
         losses = F.cross_entropy(logits.expand(B, -1), ids[:1].expand(B), reduction="none")  # (B,)
         if len(ids) > 1:
             hidden, _, _ = self.forward(ids[None, :-1].expand(B, -1), cache)
-            # Some rows at a time, so that the head's weights are read once for about 128 tokens; in one room, because new memory for
-            # each would be up to a fifth of the time.
+            # Some rows at a time, so that the head's weights are read once for about 128 tokens; in rooms made once, because new memory
+            # for each would be up to a fifth of the time.
             rows = max(128 // len(ids), 1)
-            room = hidden.new_empty(min(rows, B), len(ids) - 1, len(self.head), dtype=torch.float32)
+            rooms = [hidden.new_empty(min(rows, B), len(ids) - 1, len(self.head), dtype=dtype) for dtype in (self.dtype, torch.float32)]
             for some, loss in zip(hidden.split(rows), losses.split(rows)):  # (<= rows, n - 1, E), (<= rows,): a part of losses itself
-                logprobs = torch.log_softmax(room[:len(some)].copy_(linear(some, self.head)), -1, out=room[:len(some)])  # (<= rows, n - 1, V)
+                scores, logprobs = (room[:len(some)] for room in rooms)  # (<= rows, n - 1, V)
+                torch.log_softmax(logprobs.copy_(linear(some, self.head, out=scores)), -1, out=logprobs)
                 if targets is None:
                     loss -= logprobs.gather(-1, ids[1:].expand(len(some), -1)[..., None]).sum((1, 2))  # -> (<= rows,)
                 else:

@@ -120,6 +120,8 @@ def collect(model, prompt):
     hidden, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
     attention = torch.stack([A[..., :len(tokens)] for A in last_attention(queries, cache)]).float()  # L x (H, n, T + n) -> (L, H, n, T)
     cache.rewind(len(continuation))
+    # In one piece: thousands of tensors that stay leave as many holes, through which the memory allocator would search from then on.
+    cache.k, cache.v, cache.slots = (list(torch.stack(part)) for part in (cache.k, cache.v, cache.slots))
     window = min(w for w, _ in ckv.OURS.rules)
     looks_back = attention[..., ckv.SINKS:len(tokens) - window].sum(-1).mean(2)  # (L, H, n, T) -> (L, H)
     u = {(name, w): ckv.utility(observation, cache, s, w).half().cpu() for name, s in ckv.SETTINGS.items() for w in {w for w, _ in s.rules}}
