@@ -196,7 +196,7 @@ def gate(s, tau, budget, cap=1):
     if cap > 1:
         ratio = s / tau.clamp_min(1e-6)  # by how much the thresholds may rise before an entry falls
         ratio[highest(s, (n_sets * budget + 1) // 2)] = torch.inf
-        chosen[chosen.clone()] = highest(ratio[chosen], L * n_sets * budget)  # cap budgets a layer are enough to fill all
+        chosen = chosen.masked_scatter(chosen, highest(ratio[chosen], L * n_sets * budget))  # cap budgets a layer are enough to fill all
     return positions_of((chosen & (s >= tau)).view(L, n_sets, T))
 
 
