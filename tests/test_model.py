@@ -18,7 +18,7 @@ from hypothesis import example, given, settings, strategies as st
 import model as model_module
 from compilerkv import evict, positions_of
 from helpers import TINY, assert_one_line, gguf_meta, gguf_tensors, needs_weights, random_model, real_tokenizer, write_gguf
-from model import (BYTE_ALPHABET, QUERY_BLOCK, ROW_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path,
+from model import (ATTEND_BLOCK, BYTE_ALPHABET, QUERY_BLOCK, ROW_BLOCK, SPARE_SLOTS, Block, Config, KVCache, Model, UserError, default_path,
                    last_attention, load, rms_norm, rope_frequencies)
 
 torch.set_num_threads(1)  # on tensors this small, threads would only wait for each other
@@ -111,7 +111,7 @@ def close(a, b, tolerance=1e-5):
 
 # ------------------------------------------------------------------------------------------- the network, as a whole
 
-@pytest.mark.parametrize("T", [1, 2, 9, QUERY_BLOCK, QUERY_BLOCK + 22])
+@pytest.mark.parametrize("T", [1, 2, 9, QUERY_BLOCK, QUERY_BLOCK + 22, ATTEND_BLOCK + 1, 2 * ATTEND_BLOCK - 5])
 def test_prefill_matches_the_slow_reference(T):
     """Guards against a wrong mask, RoPE, head order or block boundary in logits, attention, total or logprobs."""
     tokens, tolerance = random_tokens(T, seed=T), 1e-5 if T < 10 else 1e-4  # rounding of the angles grows with position
@@ -143,6 +143,7 @@ def test_a_short_window_is_the_end_of_a_long_one(T, window, seed):
 @properties
 @given(T=st.integers(2, 40), cut=st.integers(1, 39), window=st.integers(1, 20), seed=seeds)
 @example(T=QUERY_BLOCK + 40, cut=QUERY_BLOCK // 4, window=9, seed=0)  # blocks of queries behind earlier keys
+@example(T=ATTEND_BLOCK + 90, cut=50, window=9, seed=0)
 def test_a_prompt_in_two_parts_equals_one_prefill(T, cut, window, seed):
     """Guards against a second part that is shifted, blind to the first, or counted twice in what was observed."""
     tokens, cut = random_tokens(T, seed), min(cut, T - 1)
