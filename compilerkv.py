@@ -194,9 +194,10 @@ def gate(s, tau, budget, cap=1):
         return positions_of(highest(s, n_sets * budget).view(L, n_sets, T))
     chosen, tau = highest(s, cap * n_sets * budget), tau.to(s.device)[:, None]  # (L, n_sets T), (L, 1)
     if cap > 1:
-        ratio = s / tau.clamp_min(1e-6)  # by how much the thresholds may rise before an entry falls
-        ratio[highest(s, (n_sets * budget + 1) // 2)] = torch.inf
-        chosen = chosen.masked_scatter(chosen, highest(ratio[chosen], L * n_sets * budget))  # cap budgets a layer are enough to fill all
+        best = s[chosen].view(L, -1)  # (L, at most cap n_sets budget), which are enough to fill all budgets from any layers
+        ratio = best / tau.clamp_min(1e-6)  # by how much the thresholds may rise before an entry falls
+        ratio[highest(best, (n_sets * budget + 1) // 2)] = torch.inf
+        chosen = chosen.masked_scatter(chosen, highest(ratio.flatten(), L * n_sets * budget))
     return positions_of((chosen & (s >= tau)).view(L, n_sets, T))
 
 

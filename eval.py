@@ -1012,8 +1012,11 @@ def write_speed(model, records, args, tables, settings):
 
 def machine():
     """What the numbers were measured on."""
-    capable = torch.cpu.get_capabilities()
-    return {"cpu": capable.get("cpu_name") or platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    linux = Path("/proc/cpuinfo")  # tells apart the processors that go by one name
+    numbers = re.findall(r"^(?:cpu family|model)\s*: (\d+)", linux.read_text(), re.MULTILINE)[:2] if linux.exists() else ()
+    cpu += " (family {}, model {})".format(*numbers) if len(numbers) == 2 else ""
+    return {"cpu": cpu, "threads": torch.get_num_threads(),
             "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__}
 

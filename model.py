@@ -211,9 +211,10 @@ def attend(q, k, v, slots, padded):
         return F.scaled_dot_product_attention(q.view(B, G, R, D), k, v, attn_mask=mask).view(B, H, 1, D)
     k, v = (F.pad(x, (0, 0, 0, -S % SLOT_UNIT)) for x in (k, v))  # -> (B, G, S', D)
     A = (q / math.sqrt(D)).reshape(B, G, R * n, D) @ k.transpose(2, 3)  # (B, G, R n, S')
-    A[..., S:] = -torch.inf
     if padded:
-        A[..., :S].masked_fill_(slots[:, :, None] < 0, -torch.inf)
+        A += A.new_zeros(B, G, 1, A.shape[-1]).masked_fill_(F.pad(slots, (0, -S % SLOT_UNIT), value=-1)[:, :, None] < 0, -torch.inf)
+    else:
+        A[..., S:] = -torch.inf
     A.view(B, G, R, n, -1)[..., S - n:S] += A.new_full((n, n), -torch.inf).triu_(1)  # a query does not see later tokens
     return (torch.softmax(A, -1, out=A) @ v).view(B, H, n, D)
 

@@ -72,6 +72,7 @@ class Sample:
     continuation: list   # n token ids
     hidden: torch.Tensor  # (n - 1, E) last hidden states of all but the last of them, from the full cache
     loss_full: float     # nats a token from the full cache
+    losses: dict = dataclasses.field(default_factory=dict)  # (soft, digest of the kept sets) -> nats a token: no roll-out is made twice
 
     def pooled(self, name, rule):
         """Utility (L, H, T) as a rule (window, kernel) reads it, float32."""
@@ -116,8 +117,9 @@ def collect(model, prompt):
     # As in an evaluation, what ends the answer is part of it: a cache that forgot how to answer loses there.
     continuation = evaluation.with_end(tokenizer, answer, prompt["chat"])[:CONTINUATION]
     logits, cache, observation = model.prefill(tokens, ckv.MAX_WINDOW)
-    loss_full = model.nll(cache, logits, continuation).item()
-    hidden, queries, _ = model.forward(torch.tensor([continuation], device=model.device), cache, observe=len(continuation))
+    ids = torch.tensor(continuation, device=model.device)  # (n,)
+    hidden, queries, _ = model.forward(ids[None], cache, observe=len(ids))  # (1, n, E)
+    loss_full = F.cross_entropy(torch.cat((logits[None], model.logits(hidden[0, :-1]))), ids).item()
     attention = torch.stack([A[..., :len(tokens)] for A in last_attention(queries, cache)]).float()  # L x (H, n, T + n) -> (L, H, n, T)
     cache.rewind(len(continuation))
     # In one piece: thousands of tensors that stay leave as many holes, through which the memory allocator would search from then on.
@@ -158,10 +160,11 @@ def token_values(model, sample, *kept):
         extra = -slots.shape[2] % SLOT_UNIT  # see `attend`
         k, v, slots = F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra)), F.pad(slots, (0, extra), value=-1)[:, :, None, None]
         z = (q.flatten(2, 3) @ k.transpose(2, 3)).float().view(B, G, -1, n, k.shape[2])  # (B, G, R n, D) @ (B, G, D, S) -> (B, G, R, n, S)
-        z = z.masked_fill((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
-        o = (torch.softmax(z, -1).to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
+        z = z + torch.zeros(B, G, 1, n, k.shape[2], device=x.device).masked_fill_((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
+        A = torch.softmax(z, -1)
+        o = (A.to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
         o.retain_grad()
-        layers.append((q.detach(), z.detach().logsumexp(-1, keepdim=True), o))
+        layers.append((q.detach(), z.detach().amax(-1, keepdim=True) - A.detach().amax(-1, keepdim=True).log(), o))
         x = x + linear(o.view(B, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (B, H, n, D) -> (B, n, E)
         gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
         x = x + linear(F.silu(gate) * up, block.down)
@@ -464,25 +467,26 @@ def roll_out(model, sample, name, jobs):
 
     tau: (L,), or None for no gate. What counts is the loss of the right tokens less the full cache's own (dNLL); where settings are
     soft, of all that the full cache predicts after each of them (the Kullback-Leibler divergence). Jobs that keep the same tokens share
-    a roll-out.
+    a roll-out, also with earlier calls.
     """
     settings, G, which, sets = ckv.SETTINGS[name], model.config.n_kv_head, [], {}
     pooled = {rule: sample.pooled(name, rule) for rule in {job[0] for job in jobs}}  # once a rule, not once a job
     for rule, W, tau, budget in jobs:
         W, tau = (x if x is None else torch.as_tensor(x, dtype=torch.float32) for x in (W, tau))
         kept = ckv.kept_tokens(pooled[rule], W, tau, budget, rule[0], settings.n_sets(G), settings.cap)
-        which.append(tuple(k.numpy().tobytes() for k in kept))
-        sets[which[-1]] = [k.expand(G, -1) for k in kept]
+        which.append((settings.soft, hashlib.sha256(b"".join(k.numpy().tobytes() for k in kept)).digest()))
+        if which[-1] not in sample.losses:
+            sets[which[-1]] = [k.expand(G, -1) for k in kept]
     targets, loss_full, ids = None, sample.loss_full, sample.continuation
     if settings.soft:  # the full cache's loss against itself: of the first token, and the entropy of what it predicts
         targets = sample.predicted(model)  # (n - 1, V)
         first = model.nll(sample.cache, sample.logits, ids[:1]).item()
         loss_full = (first + torch.special.entr(targets).sum().item()) / len(ids)
-    keys, loss_of = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key])), {}  # sets of like size pad each other least
+    keys = sorted(sets, key=lambda key: sum(k.shape[1] for k in sets[key]))  # sets of like size pad each other least
     for i in range(0, len(keys), ROWS):
         batch = ckv.evict(sample.cache, *(sets[key] for key in keys[i:i + ROWS]))
-        loss_of |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, ids, targets).tolist())
-    return np.array([loss_of[key] for key in which]) - loss_full
+        sample.losses |= zip(keys[i:i + ROWS], model.nll(batch, sample.logits, ids, targets).tolist())
+    return np.array([sample.losses[key] for key in which]) - loss_full
 
 
 def choose(model, samples, name, budgets, actions, job_of, progress, cautious=False, worst=1.0, lend=False):

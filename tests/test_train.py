@@ -311,7 +311,11 @@ def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
     jobs = [(rule, w, None, budget) for w in (W[0], W[1], W[0], 2 * W[0], W[2])]
     losses = train_tables.roll_out(model, s, "compilerkv", jobs)
     assert rows == [1, 3] and losses[0] == losses[2] == losses[3] and len(set(losses)) == 3
-    for job, loss in zip(jobs, losses):
+    fewer = (rule, W[0], None, budget - 5)
+    again, new = train_tables.roll_out(model, s, "compilerkv", [jobs[1], fewer])
+    assert rows[2:] == [1, 1] and again == losses[1] != new  # the full cache, and the one job that is new
+    for job, loss in zip((*jobs, fewer), (*losses, new)):
+        s.losses.clear()
         alone = train_tables.roll_out(model, s, "compilerkv", [job])
         assert np.allclose(alone, loss, atol=1e-5)
 
