@@ -42,7 +42,7 @@ from model import SLOT_UNIT, KVCache, UserError, last_attention, linear, load, r
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
-CONTINUATION = 32       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
+CONTINUATION = 24       # tokens of continuation scored at most (the paper: 128): more prompts tell more than longer ones
 KINDS = 6               # the corpus lists its kinds in turn, so that every second round of them makes a fair half
 TABLES = 8              # random W_head, and as many random T_gate, that every prompt rolls out for each budget, half of them mirror images
 SPREAD = 1.2            # by how much such a table moves the log of each entry, up or down; from 0.8, twice as many tell as much
