@@ -199,7 +199,7 @@ def attend(q, k, v, slots, padded):
     K and V to H heads: the R query heads that read the same KV head are made queries of one head; a single query beside matrix units
     goes to the library's grouped attention, which shares out H heads among the threads.
 
-    Several queries take plain matrix products, two to four times as fast as PyTorch's attention on a CPU. But one is compiled for
+    Several queries take plain matrix products, which were two to four times as fast as PyTorch's attention. But one is compiled for
     every new shape, and keys that do not follow one another are slow: so K and V are copied, to lengths that are multiples of a unit.
     """
     (B, H, n, D), G, S, R = q.shape, k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
@@ -212,7 +212,8 @@ def attend(q, k, v, slots, padded):
     k, v = (F.pad(x, (0, 0, 0, -S % SLOT_UNIT)) for x in (k, v))  # -> (B, G, S', D)
     A = (q / math.sqrt(D)).reshape(B, G, R * n, D) @ k.transpose(2, 3)  # (B, G, R n, S')
     if padded:
-        A += A.new_zeros(B, G, 1, A.shape[-1]).masked_fill_(F.pad(slots, (0, -S % SLOT_UNIT), value=-1)[:, :, None] < 0, -torch.inf)
+        empty = F.pad(slots, (0, -S % SLOT_UNIT), value=-1)[:, :, None] < 0  # (B, G, 1, S')
+        A += A.new_zeros(empty.shape).masked_fill_(empty, -torch.inf)  # the small mask is filled: adding is faster than filling A
     else:
         A[..., S:] = -torch.inf
     A.view(B, G, R, n, -1)[..., S - n:S] += A.new_full((n, n), -torch.inf).triu_(1)  # a query does not see later tokens

@@ -160,11 +160,13 @@ def token_values(model, sample, *kept):
         extra = -slots.shape[2] % SLOT_UNIT  # see `attend`
         k, v, slots = F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra)), F.pad(slots, (0, extra), value=-1)[:, :, None, None]
         z = (q.flatten(2, 3) @ k.transpose(2, 3)).float().view(B, G, -1, n, k.shape[2])  # (B, G, R n, D) @ (B, G, D, S) -> (B, G, R, n, S)
-        z = z + torch.zeros(B, G, 1, n, k.shape[2], device=x.device).masked_fill_((slots < 0) | (slots > positions[0, :, None]), -torch.inf)
+        hidden = (slots < 0) | (slots > positions[0, :, None])  # (B, G, 1, n, S)
+        z = z + torch.zeros(hidden.shape, device=x.device).masked_fill_(hidden, -torch.inf)
         A = torch.softmax(z, -1)
         o = (A.to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
         o.retain_grad()
-        layers.append((q.detach(), z.detach().amax(-1, keepdim=True) - A.detach().amax(-1, keepdim=True).log(), o))
+        total = z.detach().amax(-1, keepdim=True) - A.detach().amax(-1, keepdim=True).log()  # log-sum-exp: a score less its log share
+        layers.append((q.detach(), total, o))
         x = x + linear(o.view(B, -1, n, D).transpose(1, 2).flatten(2), block.out)  # (B, H, n, D) -> (B, n, E)
         gate, up = linear(rms_norm(x, block.ffn_norm, c.norm_eps), block.gate_up).chunk(2, dim=-1)
         x = x + linear(F.silu(gate) * up, block.down)
