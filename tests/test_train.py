@@ -318,6 +318,12 @@ def test_jobs_that_keep_the_same_tokens_share_a_roll_out(monkeypatch):
         s.losses.clear()
         alone = train_tables.roll_out(model, s, "compilerkv", [job])
         assert np.allclose(alone, loss, atol=1e-5)
+    # the same tokens, judged by the right ones alone
+    monkeypatch.setitem(ckv.SETTINGS, "hard", dataclasses.replace(ckv.OURS, soft=False))
+    s.u["hard", rule[0]] = s.u["compilerkv", rule[0]]
+    _, after = (train_tables.roll_out(model, s, name, jobs[:1]) for name in ("compilerkv", "hard"))
+    s.losses.clear()
+    assert np.array_equal(after, train_tables.roll_out(model, s, "hard", jobs[:1]))
 
 
 def test_random_tables_find_the_head_that_the_loss_wants_larger(monkeypatch):
